@@ -1,0 +1,307 @@
+"""Claims, the results files and the table in README.md; run_all.sh calls it.
+
+    python ledger.py run [names] [--seeds N] [--jobs N] [--threads N] [--out DIR] [--data NAME] [--force]
+    python ledger.py table              rebuild README's table from results/*.json
+    python ledger.py check              say which results are missing or stale
+
+`run` executes the scripts that are not up to date, several at a time, and rebuilds the table.
+"""
+import argparse
+import ast
+import hashlib
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+
+# ---------------------------------------------------------------------------------------------- judging
+
+def quantile(probability: float, freedom: int) -> float:
+    from scipy import stats
+    return float(stats.t.ppf(probability, freedom))
+
+
+def mean_interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % t interval (nan for one value)."""
+    n = len(values)
+    mean = sum(values) / n
+    return mean, (quantile(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan)
+
+
+def judge(claim, arms: dict) -> dict:
+    """A common.Claim against {arm: {metric: [one value a seed]}}: the entry of the results file.
+
+    On paired values, in logarithms for scale "ratio": REPRODUCED when the one-sided 95 % t bound lies on the right side
+    of the margin, CONTRADICTED when the opposite one-sided bound lies on the wrong side, else UNDECIDED, as with a
+    single seed. `ratio` is the estimate (the geometric mean ratio, or the mean difference) and `interval` its two
+    one-sided bounds.
+    """
+    entry = dict(text=claim.says, metric=claim.metric, left=claim.left, right=claim.right, op=claim.op,
+                 margin=claim.margin, scale=claim.scale, ratio=None, interval=[None, None], verdict="UNDECIDED")
+    left = arms.get(claim.left, {}).get(claim.metric)
+    constant = isinstance(claim.right, (int, float))
+    right = [claim.right] * len(left or []) if constant else arms.get(claim.right, {}).get(claim.metric)
+    if left is None or right is None:       # the metric does not exist on this data
+        return entry
+    if claim.scale == "ratio":
+        if min(left + right) <= 0:
+            raise ValueError(f"claim on {claim.metric}: a ratio needs positive values; use scale='difference'")
+        values, margin, back = [math.log(a / b) for a, b in zip(left, right)], math.log(claim.margin), math.exp
+    else:
+        values, margin, back = [a - b for a, b in zip(left, right)], claim.margin, float
+    n, mean = len(values), sum(values) / len(values)
+    entry["ratio"] = back(mean)
+    if n > 1:
+        half = quantile(0.95, n - 1) * statistics.stdev(values) / math.sqrt(n)
+        low, high = mean - half, mean + half
+        entry["interval"] = [back(low), back(high)]
+        below, above = high < margin, low > margin
+        if below or above:
+            entry["verdict"] = "REPRODUCED" if below == (claim.op == "<") else "CONTRADICTED"
+    return entry
+
+
+# ---------------------------------------------------------------------------------------------- describing
+
+HEAD = re.compile(r"^(?P<method>.+?) - (?P<title>.+)\nPaper: (?P<paper>(?s:.+?))\nCode: (?P<code>(?s:.+?))\n"
+                  r"Family: (?P<family>.+?)\. Distils: (?P<distils>(?s:.+?))\.\n\n")
+
+
+def describe(name: str, docstring: str) -> dict:
+    """method, title, paper, code, family and distils from the first lines of a script's docstring."""
+    found = HEAD.match(docstring)
+    if not found:
+        raise ValueError(f"methods/{name}.py: the docstring must begin 'NAME - Title', 'Paper: ...', 'Code: ...', "
+                         "'Family: .... Distils: ....' and an empty line")
+    return {"name": name} | {k: " ".join(v.split()) for k, v in found.groupdict().items()}
+
+
+def canonical(node) -> str:
+    """A syntax tree as text that is the same on every Python: without docstrings, help texts and claims' wording."""
+    if isinstance(node, list):
+        return "[" + ",".join(map(canonical, node)) + "]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = dict(ast.iter_fields(node))
+    if isinstance(node, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        body = fields["body"]
+        if body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0].value, "value", None), str):
+            fields["body"] = body[1:]
+    if isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == "Annotated":
+        return canonical(node.slice.elts[0])
+    if isinstance(node, ast.Call):
+        fields["keywords"] = [k for k in node.keywords if k.arg != "says"]
+    if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "NOTES":
+        return ""
+    return type(node).__name__ + "(" + ",".join(f"{k}={canonical(v)}" for k, v in fields.items()
+                                                if v not in (None, [])) + ")"
+
+
+def fingerprint(name: str) -> str:
+    """Hash of what can move a script's numbers: its code, its toy data and common.LEDGER."""
+    import common
+    source = (ROOT / "methods" / f"{name}.py").read_text()
+    tree = ast.parse(source)
+    parts = [str(common.LEDGER).encode(), canonical(tree).encode()]
+    words = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    for path in sorted([*(ROOT / "toy_data").glob("*.npz"), *(ROOT / "toy_data").glob("*.txt")]):
+        if path.stem in words:
+            parts.append(path.read_bytes())
+    for path in sorted((ROOT / "toy_data").glob("*.py")):       # domains that are generated on the fly
+        if path.stem in words:
+            parts.append(canonical(ast.parse(path.read_text())).encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def number(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def measured(claim: dict) -> str:
+    """'0.41 [0.38, 0.44], claimed < 0.8' for one judged claim."""
+    if claim["ratio"] is None:
+        return "not measured on this data"
+    shown = number(claim["ratio"])
+    if claim["interval"][0] is not None:
+        shown += f" [{number(claim['interval'][0])}, {number(claim['interval'][1])}]"
+    return f"{shown}, claimed {claim['op']} {number(claim['margin'])}"
+
+
+def sentence(claim: dict) -> str:
+    right = number(claim["right"]) if isinstance(claim["right"], (int, float)) else claim["right"]
+    return f"{claim['metric']}({claim['left']}) {'/' if claim['scale'] == 'ratio' else '-'} {claim['metric']}({right})"
+
+
+def report(result: dict) -> str:
+    """The table of arms and the verdicts as text for the terminal."""
+    metrics = list(dict.fromkeys(m for arm in result["arms"].values() for m in arm))
+    rows = [["arm", *metrics]]
+    for arm, values in result["arms"].items():
+        row = [arm]
+        for metric in metrics:
+            mean, half = mean_interval(values[metric]) if metric in values else (math.nan, math.nan)
+            row.append("" if math.isnan(mean) else number(mean) + (f" ±{number(half)}" if half == half else ""))
+        rows.append(row)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+             for row in rows]
+    lines.insert(1, "-" * len(lines[0]))
+    n = len(result["seeds"])
+    lines += ["", f"{result['method']} on {result['data']}, {n} seed{'s' if n > 1 else ''}"
+              + (" (mean ± 95 % interval)" if n > 1 else "") + f", {result['seconds']:.0f} s a seed"]
+    for claim in result["claims"]:
+        verdict = claim["verdict"]
+        if n == 1 and claim["ratio"] is not None:
+            holds = claim["ratio"] < claim["margin"] if claim["op"] == "<" else claim["ratio"] > claim["margin"]
+            verdict = f"{'holds' if holds else 'does not hold'} on this seed (a verdict needs --seeds 2 or more)"
+        lines += [f"claim: {claim['text']}", f"   {sentence(claim)} = {measured(claim)}: {verdict}"]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------- the table
+
+def methods() -> list[str]:
+    return sorted(p.stem for p in (ROOT / "methods").glob("*.py") if not p.stem.startswith("_"))
+
+
+def read_results(folder: Path) -> dict[str, dict]:
+    return {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def table(results: dict[str, dict]) -> str:
+    """README's table, from results files alone."""
+    lines = ["| family | method | paper | what is distilled | claim | measured | verdict | s | command |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for name, r in sorted(results.items(), key=lambda item: (item[1]["family"], item[0])):
+        claims = r["claims"]
+        join = "<br>".join
+        lines.append("| " + " | ".join([
+            cell(r["family"]), f"[{cell(r['method'])}](methods/{name}.py)", link(cell(r["paper"])), cell(r["distils"]),
+            join(cell(c["text"]) for c in claims), join(f"{cell(sentence(c))} = {measured(c)}" for c in claims),
+            join(c["verdict"] for c in claims), f"{r['seconds']:.0f}", f"`python methods/{name}.py`"]) + " |")
+    return "\n".join(lines)
+
+
+def link(paper: str) -> str:
+    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
+
+
+BEGIN, END = "<!-- table: made by run_all.sh -->", "<!-- end of table -->"
+
+
+def readme_with(text: str, rows: str) -> str:
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{rows}\n{END}{rest.split(END)[1]}"
+
+
+def write_table() -> None:
+    path = ROOT / "README.md"
+    path.write_text(readme_with(path.read_text(), table(read_results(ROOT / "results"))))
+
+
+def problems(name: str, folder: Path, seeds: int = 1, config: dict | None = None) -> str:
+    """Why a results file cannot be relied on, or '' when it is up to date with at least these seeds."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return "no results"
+    try:
+        result = json.loads(path.read_text())
+    except ValueError:
+        return "results are not JSON"
+    if result["hash"] != fingerprint(name):
+        return "results are stale: the script, its data or common.LEDGER changed since"
+    if result["seeds"][:seeds] != list(range(seeds)):
+        return f"results hold seeds {result['seeds']}, asked for 0..{seeds - 1}"
+    for key, value in (config or {}).items():
+        if result["config"].get(key) != value:
+            return f"results were made with {key} = {result['config'].get(key)}"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------- running all
+
+def positive(word: str) -> int:
+    if not word.isdigit() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is not an integer >= 1")
+    return int(word)
+
+
+def run(args) -> int:
+    names = args.names or methods()
+    unknown = [n for n in names if n not in methods()]
+    if unknown:
+        print(f"error: no method {', '.join(unknown)} (possible: {', '.join(methods())})", file=sys.stderr)
+        return 2
+    home = ROOT / "results"
+    folder = Path(args.out) if args.out else home / args.data if args.data else home
+    folder.mkdir(parents=True, exist_ok=True)
+    (ROOT / "runs").mkdir(exist_ok=True)
+    todo = [n for n in names if args.force or problems(n, folder, args.seeds, {"data": args.data} if args.data else None)]
+    if not args.force:
+        for name in sorted(set(names) - set(todo)):
+            print(f"{name}: up to date")
+
+    def one(name):
+        command = [sys.executable, str(ROOT / "methods" / f"{name}.py"), "--seeds", str(args.seeds),
+                   "--threads", str(args.threads), "--out", str(folder), *(["--data", args.data] if args.data else [])]
+        began, log = time.monotonic(), ROOT / "runs" / f"{name}.log"
+        with open(log, "w") as file:
+            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT).returncode
+        said = f"{name}: {'done' if code == 0 else f'FAILED with exit code {code}'} in {time.monotonic() - began:.0f} s"
+        if code:
+            last = log.read_text(errors="replace").strip().splitlines()[-1:]
+            said += f" ({' '.join(last)}; see {log.relative_to(ROOT)})"
+        print(said, flush=True)
+        return code
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        failed = [name for name, code in zip(todo, pool.map(one, todo)) if code]
+    if folder.resolve() == home.resolve():
+        write_table()
+    if failed:
+        print(f"FAILED: {', '.join(failed)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("run", help="run methods that are not up to date and rebuild README's table")
+    one.add_argument("names", nargs="*", help="methods (default: all)")
+    one.add_argument("--seeds", type=positive, default=5, help="seeds 0..N-1 (default: 5)")
+    one.add_argument("--jobs", type=positive, default=1, help="scripts at a time (default: 1)")
+    one.add_argument("--threads", type=positive, default=max(1, (os.cpu_count() or 1)), help="CPU threads a script")
+    one.add_argument("--out", help="folder for the results (default: results, or results/DATA with --data)")
+    one.add_argument("--data", help="run on this data set instead of each script's own")
+    one.add_argument("--force", action="store_true", help="run what is up to date too")
+    commands.add_parser("table", help="rebuild README's table")
+    commands.add_parser("check", help="list missing and stale results")
+    args = parser.parse_args()
+    if args.command == "run":
+        return run(args)
+    if args.command == "table":
+        write_table()
+        return 0
+    found = {name: problems(name, ROOT / "results") for name in methods()}
+    for name, problem in found.items():
+        if problem:
+            print(f"{name}: {problem}")
+    return int(any(found.values()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

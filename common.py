@@ -40,6 +40,7 @@ from toy_data.points import NAMES, Points
 
 ROOT = Path(__file__).resolve().parent
 TOY = ROOT / "toy_data"
+DATA_HELP = "a toy data set, a name in the folder $DISTILL_DATA, or a path to a .npz file"
 LEDGER = 1      # raise only when a change in this file can move results: it makes every results file stale
 
 
@@ -69,7 +70,7 @@ class Config:
     """
     PRESETS: ClassVar[dict] = {"smoke": dict(steps=3, teacher_steps=3, batch=16, eval_samples=64, pairs=64)}
 
-    data: Annotated[str, "a toy data set, a name in the folder $DISTILL_DATA, or a path to a .npz file"] = "eight_gaussians"
+    data: Annotated[str, DATA_HELP] = "eight_gaussians"
     seed: Annotated[int, "first random seed", between(0)] = 0
     seeds: Annotated[int, "how many seeds to run, from --seed on; claims are judged over them"] = 1
     steps: Annotated[int, "optimiser steps of every arm"] = 1000

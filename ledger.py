@@ -149,7 +149,7 @@ def report(result: dict) -> str:
         row = [arm]
         for metric in metrics:
             mean, half = mean_interval(values[metric]) if metric in values else (math.nan, math.nan)
-            row.append("" if math.isnan(mean) else number(mean) + (f" ±{number(half)}" if half == half else ""))
+            row.append("" if math.isnan(mean) else number(mean) + (f" ±{number(half)}" if not math.isnan(half) else ""))
         rows.append(row)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
@@ -259,7 +259,7 @@ def run(args) -> int:
                    "--threads", str(args.threads), "--out", str(folder), *(["--data", args.data] if args.data else [])]
         began, log = time.monotonic(), ROOT / "runs" / f"{name}.log"
         with open(log, "w") as file:
-            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT).returncode
+            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, check=False).returncode
         said = f"{name}: {'done' if code == 0 else f'FAILED with exit code {code}'} in {time.monotonic() - began:.0f} s"
         if code:
             last = log.read_text(errors="replace").strip().splitlines()[-1:]

@@ -82,7 +82,7 @@ def _scatter(points: np.ndarray, labels: np.ndarray | None, reach: float) -> Ima
 def _grid(images: np.ndarray) -> Image.Image:
     """As many images as fit a square of at most 8 x 8, each enlarged without smoothing."""
     side = min(8, max(1, math.isqrt(len(images))))
-    n, c, h, w = images.shape
+    n, c = images.shape[:2]
     rows = [np.concatenate(list(images[r * side:(r + 1) * side].transpose(0, 2, 3, 1)), 1) for r in range(min(side, n))]
     array = (np.clip(np.nan_to_num(np.concatenate(rows)), -1, 1) * 127.5 + 127.5).round().astype(np.uint8)
     array = np.repeat(array, 3, 2) if c == 1 else array[..., :3]

@@ -568,11 +568,13 @@ def make_network(cfg: Config, data, width: int, depth: int, times: int = 1, out:
     return cfg.place(UNet(data.shape, **arguments) if len(data.shape) == 3 else MLP(data.shape[0], **arguments))
 
 
-def flow_teacher(cfg: Config, data, width: int, depth: int, batch: int = 512, lr: float = 2e-3, label_drop: float = 0.1):
+def flow_teacher(cfg: Config, data, width: int, depth: int, batch: int = 512, lr: float = 0.0, label_drop: float = 0.1):
     """A velocity network trained by flow matching (t uniform) for cfg.teacher_steps steps, cached and frozen: the
     teacher that all generators share. Its weights are the exponential average of the last ~200 steps. Labels, where
-    the data hands them out, are dropped with probability label_drop, so that guided() works."""
+    the data hands them out, are dropped with probability label_drop, so that guided() works. lr 0: 5e-3 for points, 1e-3
+    for images."""
     net = make_network(cfg, data, width, depth)
+    lr, batch = lr or (1e-3 if len(data.shape) == 3 else 5e-3), 16 if cfg.smoke else batch
 
     def train():
         average = copy.deepcopy(net)
@@ -600,7 +602,7 @@ def flow_teacher(cfg: Config, data, width: int, depth: int, batch: int = 512, lr
 def classifier(cfg: Config, data: Images, steps: int = 400, batch: int = 128) -> ResNet:
     """A small ResNet trained on the labelled images, cached and frozen: its features() give the Frechet distance."""
     net = cfg.place(ResNet(data.shape[0], data.n_classes, 16, (1, 1, 1) if min(data.shape[1:]) >= 16 else (1, 1)))
-    steps = 3 if cfg.smoke else steps
+    steps, batch = (3, 16) if cfg.smoke else (steps, batch)
 
     def train():
         optimizer = torch.optim.Adam(net.parameters(), lr=2e-3, fused=True)
@@ -767,7 +769,7 @@ def quality(cfg: Config, data, samples: torch.Tensor) -> dict[str, float]:
     with seeded(cfg.seed + 5_000_000):      # the same real samples for every arm
         real = data.sample(min(len(samples), 10_000))[0]
     found = dict(sw2=sliced_wasserstein(samples, real))
-    if data.means is not None:
+    if getattr(data, "means", None) is not None:
         found |= mode_stats(samples, data.means, data.weights, data.std)
     if getattr(data, "labelled", False):
         net = classifier(cfg, data)

@@ -113,6 +113,7 @@ class Config:
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse that reports an error in one line, with the nearest option for a mistyped one, and exits with 2."""
     def error(self, message):
         if message.startswith("unrecognized arguments: "):
             word = message.split()[2].split("=")[0]
@@ -210,16 +211,19 @@ def locked(path: Path, wait: bool = True):
 
 
 def digest(*parts) -> str:
+    """Short hash of the text of any values."""
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------- random numbers
 
 def rng_state() -> list[torch.Tensor]:
+    """torch's random state on the CPU and, if there are any, on all CUDA devices."""
     return [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
 
 
 def set_rng_state(state: list[torch.Tensor]) -> None:
+    """Restore what rng_state() returned."""
     torch.set_rng_state(state[0])
     if torch.cuda.is_available() and len(state) > 1:
         torch.cuda.set_rng_state_all(state[1:])
@@ -296,7 +300,8 @@ class loop:
     def __iter__(self):
         with seeded(10007 * (self.cfg.seed + 1)):
             self._load()
-            bar = tqdm(total=self.steps, initial=self.step, desc=f"{self.name:<28.28}", mininterval=0.5, file=sys.stderr)
+            bar = tqdm(total=self.steps, initial=self.step, desc=f"{self.name:<28.28}", file=sys.stderr,
+                       mininterval=0.5 if sys.stderr.isatty() else 10)
             before, began = self.seconds, time.monotonic()
             saved = began
             try:
@@ -373,6 +378,7 @@ def find_data(name: str) -> Path | None:
 
 
 def data_names() -> list[str]:
+    """The names that --data knows."""
     return [*NAMES, *sorted(p.stem for p in TOY.glob("*.npz")), "cifar10", "cifar100"]
 
 
@@ -819,6 +825,7 @@ class Log:
 
 
 def source_name(run: Callable) -> tuple[str, types.ModuleType]:
+    """Name and module of the script that defines run()."""
     module = sys.modules[run.__module__]
     return Path(module.__file__).stem, module
 
@@ -853,27 +860,27 @@ def locked_run(cfg: Config, run: Callable):
     neutral = ("out", "resume", "threads", "checkpoint_every", "seed", "seeds")
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in neutral}
     settings = json.loads(json.dumps(settings | {"script": digest(Path(module.__file__).read_text())}))
-    try:
-        with locked(Path(cfg.out) / f".{name}.lock", wait=False) as mine:
-            if not mine:
-                if cfg.resume:
-                    raise UserError(f"--resume: another run is using {folder}; wait for it or choose another --out")
-                print(f"note: another run is using {folder}; this one keeps no checkpoints", file=sys.stderr)
-                yield None
-                return
-            if cfg.resume:
-                if not (folder / "config.json").is_file():
-                    raise UserError(f"--resume: nothing to resume, {folder} holds no run")
-                before = json.loads((folder / "config.json").read_text())
-                changed = [f"{k} was {before.get(k)}, is {v}" for k, v in settings.items() if before.get(k) != v]
-                if changed:
-                    raise UserError(f"--resume: {folder} belongs to another configuration ({'; '.join(changed)})")
-            else:
+    with contextlib.ExitStack() as stack:
+        try:
+            mine = stack.enter_context(locked(Path(cfg.out) / f".{name}.lock", wait=False))
+            if mine and not cfg.resume:
                 shutil.rmtree(folder, ignore_errors=True)
                 write_atomic(folder / "config.json", json.dumps(settings, indent=1).encode())
-            yield folder
-    except OSError as error:
-        raise UserError(f"--out {cfg.out}: cannot be written ({error.strerror or error})")
+        except OSError as error:
+            raise UserError(f"--out {cfg.out}: cannot be written ({error.strerror or error})")
+        if not mine and cfg.resume:
+            raise UserError(f"--resume: another run is using {folder}; wait for it or choose another --out")
+        if not mine:
+            print(f"note: another run is using {folder}; this one keeps no checkpoints", file=sys.stderr)
+        if cfg.resume:
+            try:
+                before = json.loads((folder / "config.json").read_text())
+            except (OSError, ValueError):
+                raise UserError(f"--resume: nothing to resume, {folder} holds no run")
+            changed = [f"{k} was {before.get(k)}, is {v}" for k, v in settings.items() if before.get(k) != v]
+            if changed:
+                raise UserError(f"--resume: {folder} belongs to another configuration ({'; '.join(changed)})")
+        yield folder if mine else None
 
 
 def execute(run: Callable, cfg: Config, claims: list[Claim], state: Path | None) -> dict:
@@ -899,7 +906,7 @@ def execute(run: Callable, cfg: Config, claims: list[Claim], state: Path | None)
         data=cfg.data, seeds=seeds, arms=table, claims=[ledger.judge(claim, table) for claim in claims],
         notes=getattr(module, "NOTES", ""), config=settings, seconds=round((time.monotonic() - began) / cfg.seeds, 1),
         device=torch.cuda.get_device_name() if device.type == "cuda" else device.type, torch=torch.__version__,
-        hash=ledger.fingerprint(name))
+        hash=ledger.fingerprint(Path(module.__file__)))
     path = Path(cfg.out) / f"{name}.json"
     write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
     print(ledger.report(result))

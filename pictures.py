@@ -13,6 +13,7 @@ PALETTE = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 
 
 
 def font(size: int = 14):
+    """Pillow's own font."""
     return ImageFont.load_default(size)
 
 
@@ -37,6 +38,7 @@ def draw(panels: list[tuple[str, Any]], columns: int = 4, title: str = "") -> by
 
 
 def shorten(pen, text: str, width: int) -> str:
+    """Text cut to a width in pixels."""
     while pen.textlength(text, font=font()) > width:
         text = text[:-2] + "…" if text.endswith("…") else text[:-1] + "…"
     return text

@@ -454,25 +454,24 @@ class Images:
 
     def __init__(self, name: str, device: torch.device, conditional: bool = True):
         found = cifar(name) if name in ("cifar10", "cifar100") else read_npz(name)
-        if "train_images" not in found and "images" in found:       # no test set: every tenth image becomes one
-            images, labels = check_array(found, "images", (3, 4), name).numpy(), found.get("labels")
-            check_labels(labels, len(images), name)
-            held = np.arange(len(images)) % 10 == 9 if len(images) > 9 else np.ones(len(images), bool)
-            kept = ~held if len(images) > 9 else held
-            found = {**found, "train_images": images[kept], "test_images": images[held]}
-            if labels is not None:
-                found |= {"train_labels": labels[kept], "test_labels": labels[held]}
         named = len(found["classes"]) if "classes" in found else None
-        self.name, self.device = name, device
-        self.train, self.test = (self._images(found, f"{part}_images", name).to(device) for part in ("train", "test"))
-        train = check_labels(found.get("train_labels"), len(self.train), name, named)
-        self.n_classes = named or int(train.max()) + 1
-        test = check_labels(found.get("test_labels"), len(self.test), name, self.n_classes)
-        self.train_labels, self.test_labels = train.to(device), test.to(device)
+        if "train_images" in found:
+            train, test = (self._images(found, f"{part}_images", name) for part in ("train", "test"))
+            y_train = check_labels(found.get("train_labels"), len(train), name, named)
+            y_test = check_labels(found.get("test_labels"), len(test), name, named or int(y_train.max()) + 1)
+        else:       # no test set: every tenth image becomes one
+            images = self._images(found, "images", name)
+            labels = check_labels(found.get("labels"), len(images), name, named)
+            test_part = torch.arange(len(images)) % 10 == min(9, len(images) - 1)
+            train_part = ~test_part if len(images) > 1 else test_part
+            train, test, y_train, y_test = images[train_part], images[test_part], labels[train_part], labels[test_part]
+        self.name, self.device, self.train, self.test = name, device, train.to(device), test.to(device)
+        self.n_classes = named or int(max(y_train.max(), y_test.max())) + 1
+        self.train_labels, self.test_labels = y_train.to(device), y_test.to(device)
         self.shape = tuple(self.train.shape[1:])
         if self.test.shape[1:] != self.shape:
             raise UserError(f"{name}: train and test images differ in shape, {self.shape} and {tuple(self.test.shape[1:])}")
-        self.labelled = "train_labels" in found
+        self.labelled = "train_labels" in found or "labels" in found
         self.classes = self.n_classes if conditional and self.labelled else 0
         self.key = digest(hashlib.sha256(self.train.cpu().numpy().tobytes()).hexdigest(), self.train.shape)
 
@@ -816,9 +815,9 @@ class Log:
         self.arms[arm] = {k: float(v) for k, v in (metrics | seconds).items()}
 
     def picture(self, panels: list[tuple[str, Any]], columns: int = 4, title: str = "") -> None:
-        """Draw labelled panels into one PNG (first seed only). A panel's content is points (N, 2), or (points,
-        labels); images (N, C, H, W) in [-1, 1]; {"curves": {name: (xs, ys)}, "x": label, "y": label, "logy": bool};
-        or an array (H, W) shown as a heat map."""
+        """Draw labelled panels into one PNG (first seed only). A panel's content is points (N, D), or (points, labels
+        (N,)), of which the first two coordinates are shown; images (N, C, H, W) in [-1, 1]; {"curves": {name: (xs, ys)},
+        "x": label, "y": label, "logx": bool, "logy": bool}; or {"heat": array (H, W)}, dark where it is high."""
         if self.path:
             from pictures import draw
             write_atomic(self.path, draw(panels, columns, title))

@@ -50,25 +50,25 @@ def _array(x) -> np.ndarray:
 
 def _is_points(content) -> bool:
     points = content[0] if isinstance(content, tuple) else content
-    return not isinstance(points, dict) and _array(points).ndim == 2 and _array(points).shape[1] == 2
+    return not isinstance(points, dict) and _array(points).ndim == 2
 
 
 def _panel(content, reach: float) -> Image.Image:
     if isinstance(content, dict):
-        return _curves(**content)
+        return _heat(_array(content["heat"])) if "heat" in content else _curves(**content)
     if _is_points(content):
         points, labels = content if isinstance(content, tuple) else (content, None)
         return _scatter(_array(points), None if labels is None else _array(labels).astype(int), reach)
     array = _array(content)
     if array.ndim == 4:
         return _grid(array)
-    if array.ndim == 2 and array.shape[1] != 2:
-        return _heat(array)
-    raise ValueError(f"cannot draw an array of shape {array.shape}: (N, 2), (N, C, H, W), (H, W) or a dict of curves")
+    raise ValueError(f"cannot draw an array of shape {array.shape}: points (N, D), images (N, C, H, W) or a dict")
 
 
 def _scatter(points: np.ndarray, labels: np.ndarray | None, reach: float) -> Image.Image:
-    """All panels share the range of the first one, the data; what lies outside is drawn at the border."""
+    """The first two coordinates. All panels share the range of the first one, the data; what lies outside is drawn at
+    the border."""
+    points = np.pad(points, ((0, 0), (0, max(0, 2 - points.shape[1]))))[:, :2]
     scale = 2       # drawn at twice the size and reduced: smooth dots
     image = Image.new("RGB", (SIZE * scale, SIZE * scale), (248, 248, 248))
     pen = ImageDraw.Draw(image)

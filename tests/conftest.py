@@ -1,5 +1,7 @@
 """Shared by all tests: the project on the import path, scripts as modules, one thread, a cache of their own."""
+import contextlib
 import importlib.util
+import io
 import os
 import subprocess
 import sys
@@ -27,6 +29,20 @@ def load_method(name: str):
 def own_cache(tmp_path_factory):
     """Teachers made by the tests go into a temporary folder, not into the project's cache."""
     os.environ["DISTILL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def inline(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """The same as script() without the start of a new Python: for runs that end early."""
+    import common
+    module, out, err, code = load_method(name), io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        for key, value in environment.items():
+            patch.setenv(key, value)
+        try:
+            common.main(module.run, module.Config, module.CLAIMS, [str(a) for a in arguments])
+        except SystemExit as stopped:
+            code = stopped.code
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:

@@ -27,7 +27,8 @@ def draw(panels: list[tuple[str, Any]], columns: int = 4, title: str = "") -> by
     if title:
         pen.text((GAP, 8), title, fill="black", font=font(17))
     limits = [_array(c[0] if isinstance(c, tuple) else c) for _, c in panels if _is_points(c)]
-    reach = float(np.quantile(np.abs(limits[0][np.isfinite(limits[0])]), 0.995)) * 1.25 if limits else 1.0
+    finite = np.abs(limits[0][np.isfinite(limits[0])]) if limits else np.ones(1)
+    reach = float(np.quantile(finite, 0.995)) * 1.25 + 1e-6 if finite.size else 1.0
     for i, (label, content) in enumerate(panels):
         x, y = GAP + i % columns * (SIZE + GAP), top + i // columns * (SIZE + BAR + GAP)
         pen.text((x, y + 3), shorten(pen, label, SIZE), fill="black", font=font())
@@ -106,7 +107,8 @@ def _curves(curves: dict, x: str = "", y: str = "", logy: bool = False, logx: bo
     left, right, top, bottom = 46, SIZE - 10, 8 + 14 * len(curves), SIZE - 34
     lines = {k: (_array(a).ravel(), _array(b).ravel()) for k, (a, b) in curves.items()}
     lines = {k: (np.log10(a) if logx else a, np.log10(np.maximum(b, 1e-12)) if logy else b) for k, (a, b) in lines.items()}
-    xs, ys = (np.concatenate([line[i][np.isfinite(line[i])] for line in lines.values()]) for i in (0, 1))
+    xs, ys = (np.concatenate([[0.0] * (not lines), *(line[i][np.isfinite(line[i])] for line in lines.values())])
+              for i in (0, 1))
     x0, x1, y0, y1 = xs.min(), xs.max(), ys.min(), ys.max()
     x1, y1 = x1 + (x1 == x0), y1 + (y1 == y0)
     pen.rectangle((left, top, right, bottom), outline=(160, 160, 160))

@@ -6,10 +6,11 @@ import re
 import sys
 import typing
 
-import common
-import ledger
 import pytest
 from conftest import ROOT, load_method, script
+
+import common
+import ledger
 
 METHODS = ledger.methods()
 ALLOWED = {"torch", "numpy", "scipy", "torchvision", "PIL", "tqdm", "common"} | set(sys.stdlib_module_names)

@@ -1,8 +1,9 @@
 """Bad input: one clear line that says what was wrong and what is possible, exit code 2, nothing half-written."""
-import ledger
 import numpy as np
 import pytest
 from conftest import ROOT, inline, script
+
+import ledger
 
 GENERATOR, CLASSIFIER = "dmd", "kd"
 IMAGES = np.zeros((20, 8, 8, 3), np.uint8)

@@ -1,0 +1,91 @@
+"""Verdicts, hashes and the table."""
+import ast
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import common
+import ledger
+
+
+def judge(left, right, **claim):
+    arms = {"a": {"m": left}, "b": {"m": right}} if isinstance(right, list) else {"a": {"m": left}}
+    other = "b" if isinstance(right, list) else right
+    return ledger.judge(common.Claim(**({"left": "a", "op": "<", "right": other, "metric": "m", "says": "-"} | claim)), arms)
+
+
+def test_verdicts_of_clear_cases():
+    better, worse = [0.5, 0.52, 0.48, 0.51, 0.5], [1.0, 1.02, 0.97, 1.0, 1.01]
+    assert judge(better, worse, margin=0.8)["verdict"] == "REPRODUCED"
+    assert judge(worse, better, margin=0.8)["verdict"] == "CONTRADICTED"
+    assert judge(better, worse, margin=0.5)["verdict"] == "UNDECIDED"        # on the margin
+    assert judge(worse, better, op=">", margin=1.5)["verdict"] == "REPRODUCED"
+    assert judge(better, worse, op=">", margin=1.5)["verdict"] == "CONTRADICTED"
+    assert judge([0.5], [1.0])["verdict"] == "UNDECIDED"                      # one seed has no interval
+
+
+def test_interval_is_the_one_sided_t_bound_on_paired_log_ratios():
+    a, b = [1.0, 2.0, 4.0, 3.0], [2.0, 3.0, 9.0, 7.0]
+    entry = judge(a, b)
+    d = np.log(np.array(a) / b)
+    low = d.mean() - stats.t.ppf(0.95, 3) * d.std(ddof=1) / 2
+    assert entry["ratio"] == pytest.approx(math.exp(d.mean()))
+    assert entry["interval"][0] == pytest.approx(math.exp(low))
+    # scipy's one-sided paired test says the same as the bound
+    p = stats.ttest_rel(np.log(a), np.log(b), alternative="less").pvalue
+    assert (p < 0.05) == (entry["verdict"] == "REPRODUCED")
+
+
+def test_differences_and_constants():
+    a, b = [0.90, 0.92, 0.91], [0.85, 0.88, 0.86]
+    assert judge(a, b, op=">", margin=0.02, scale="difference")["verdict"] == "REPRODUCED"
+    assert judge(a, b, op=">", margin=0.2, scale="difference")["verdict"] == "CONTRADICTED"
+    assert judge(a, 0.7, op=">", margin=0.0, scale="difference")["ratio"] == pytest.approx(0.21)
+    assert judge([0.0, 0.0], [0.5, 0.4], margin=0.0, scale="difference")["verdict"] == "REPRODUCED"
+    with pytest.raises(ValueError, match="difference"):
+        judge([0.0, 0.1], [0.5, 0.4])
+
+
+def test_identical_pairs_have_a_point_interval():
+    entry = judge([0.3, 0.5], [0.6, 1.0], margin=0.8)
+    assert entry["interval"] == pytest.approx([0.5, 0.5]) and entry["verdict"] == "REPRODUCED"
+
+
+def test_a_metric_that_the_data_do_not_have_is_said_so():
+    entry = ledger.judge(common.Claim("a", "<", "b", "coverage", "-"), {"a": {"m": [1.0]}, "b": {"m": [1.0]}})
+    assert entry["verdict"] == "UNDECIDED" and "not measured" in ledger.measured(entry)
+
+
+def hashed(source):
+    return ledger.canonical(ast.parse(source))
+
+
+def test_the_hash_sees_code_and_not_words():
+    base = 'class C:\n    """doc"""\n    a: Annotated[int, "help"] = 3\n\ndef f(x):\n    "doc"\n    return g(x, says="s")  # why\nNOTES = "n"\n'
+    same = 'class C:\n    """other"""\n    a: Annotated[int, "other help"] = 3\ndef f(x):\n    return g(x, says="t")\nNOTES = "m"\n'
+    assert hashed(base) == hashed(same)
+    for a, b in (("= 3", "= 4"), ("return g", "return h"), ("int", "float"), ("x, says", "x + 1, says")):
+        assert hashed(base) != hashed(base.replace(a, b)), (a, b)
+
+
+def test_docstrings_in_the_wrong_form_are_refused():
+    with pytest.raises(ValueError, match="docstring must begin"):
+        ledger.describe("x", "Just words.")
+
+
+def test_table_rows_come_from_results_alone():
+    claim = judge([0.5, 0.52], [1.0, 1.02], margin=0.8, says="a | b")
+    result = dict(family="f", method="M", paper="A, arXiv:2001.00001", distils="x", claims=[claim], seconds=3.2)
+    row = ledger.table({"m": result}).splitlines()[-1]
+    assert row.count("|") == 11 and "a \\| b" in row and "REPRODUCED" in row and "`python methods/m.py`" in row
+    assert "https://arxiv.org/abs/2001.00001" in row
+    text = ledger.readme_with(f"x{ledger.BEGIN}\nold\n{ledger.END}y", row)
+    assert text.startswith("x") and text.endswith("y") and "old" not in text
+
+
+def test_report_shows_means_and_intervals():
+    result = dict(arms={"a": {"m": [1.0, 2.0, 3.0]}}, seeds=[0, 1, 2], method="M", data="d", seconds=1, claims=[])
+    half = stats.t.ppf(0.975, 2) * 1 / math.sqrt(3)
+    assert f"2 ±{half:.3g}" in ledger.report(result)

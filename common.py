@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import difflib
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -35,9 +36,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from networks import MLP, ResNet, UNet
+from networks import MLP, ResNet, TimeFeatures, Transformer, UNet
 from toy_data.points import NAMES, Points
 
+__all__ = ["MLP", "ResNet", "TimeFeatures", "Transformer", "UNet"]      # those of networks.py, for readers of scripts
 ROOT = Path(__file__).resolve().parent
 TOY = ROOT / "toy_data"
 DATA_HELP = "a toy data set, a name in the folder $DISTILL_DATA, or a path to a .npz file"
@@ -555,6 +557,13 @@ def load_data(cfg: Config, conditional: bool | None = None) -> "Points | OwnPoin
     if cfg.data not in ("cifar10", "cifar100") and "points" in read_npz(cfg.data):
         return OwnPoints(cfg.data, cfg.dev, bool(conditional))
     return Images(cfg.data, cfg.dev, conditional is not False)
+
+
+def domain(cfg: Config, *names: str) -> types.ModuleType:
+    """The module toy_data/<name>.py of a domain that is generated on the fly; UserError if --data is not in names."""
+    if cfg.data not in names:
+        raise UserError(f"--data {cfg.data}: this method needs other data (possible: {', '.join(names)})")
+    return importlib.import_module(f"toy_data.{cfg.data}")
 
 
 def load_images(cfg: Config) -> Images:

@@ -168,3 +168,65 @@ class Residual(nn.Module):
 
     def forward(self, x):
         return F.relu(self.skip(x) + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))))
+
+class Attention(nn.Module):
+    """Multi-head self-attention over (B, L, width); keys and values of earlier positions can come from a cache."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads, self.qkv, self.out = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x, causal: bool, mask=None, cache=None):
+        B, L, W = x.shape
+        q, k, v = self.qkv(x).view(B, L, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            if cache:
+                k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
+            cache[:] = [k, v]
+        if causal and (mask is not None or k.shape[2] != L):
+            future = torch.ones(L, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - L)
+            mask, causal = (future if mask is None else mask & future), False
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.out(h.transpose(1, 2).reshape(B, L, W))
+
+
+class Transformer(nn.Module):
+    """Small pre-norm transformer over tokens: net(tokens (B, L)) -> logits (B, L, vocabulary).
+
+    causal=False gives a bidirectional one (masked diffusion, encoders). Instead of tokens, `embeds` (B, L, width) can be
+    given. mask (B, L) bool marks the positions that may be attended to (False: padding). condition (B, width) is added to
+    every position, e.g. an embedded time. cache: None, or the list that new_cache() made, filled as a sequence goes on;
+    `L` then counts the new positions only. hidden() gives (B, L, width) before `head`.
+    """
+
+    def __init__(self, vocabulary: int, width: int = 64, depth: int = 2, heads: int = 4, length: int = 64, causal: bool = True):
+        super().__init__()
+        self.causal, self.length = causal, length
+        self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(nn.ModuleDict(dict(
+            norm1=nn.LayerNorm(width), attention=Attention(width, heads), norm2=nn.LayerNorm(width),
+            mlp=nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)))) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+        for embedding in (self.token, self.position):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def new_cache(self) -> list[list]:
+        """An empty cache of keys and values, one list a block."""
+        return [[] for _ in self.blocks]
+
+    def hidden(self, tokens=None, embeds=None, mask=None, condition=None, cache=None):
+        x = self.token(tokens) if embeds is None else embeds
+        start = cache[0][0].shape[2] if cache and cache[0] else 0
+        if start + x.shape[1] > self.length:
+            raise ValueError(f"{start + x.shape[1]} positions, the network has {self.length}")
+        x = x + self.position.weight[start:start + x.shape[1]]
+        if condition is not None:
+            x = x + condition[:, None]
+        mask = None if mask is None else mask[:, None, None, :]
+        for i, block in enumerate(self.blocks):
+            x = x + block["attention"](block["norm1"](x), self.causal, mask, None if cache is None else cache[i])
+            x = x + block["mlp"](block["norm2"](x))
+        return self.norm(x)
+
+    def forward(self, tokens=None, embeds=None, mask=None, condition=None, cache=None):
+        return self.head(self.hidden(tokens, embeds, mask, condition, cache))

@@ -217,6 +217,29 @@ def test_resnet_logits_and_features():
     assert net(x).shape == (4, 10) and net.features(x).shape == (4, net.width == 32 and 32)
 
 
+def test_transformer_is_causal_or_not_and_its_cache_changes_nothing():
+    torch.manual_seed(0)
+    tokens = torch.randint(11, (3, 9))
+    changed = tokens.clone()
+    changed[:, 6] = (changed[:, 6] + 1) % 11
+    net = common.Transformer(11, width=32, length=12)
+    out = net(tokens)
+    assert out.shape == (3, 9, 11) and torch.allclose(out[:, :6], net(changed)[:, :6], atol=1e-6)
+    assert not torch.allclose(out[:, 6:], net(changed)[:, 6:], atol=1e-3)
+    cache = net.new_cache()
+    parts = torch.cat([net(part, cache=cache) for part in tokens.split([4, 1, 4], 1)], 1)
+    assert torch.allclose(parts, out, atol=1e-5)
+    both = common.Transformer(11, width=32, length=12, causal=False)
+    assert not torch.allclose(both(tokens)[:, 0], both(changed)[:, 0], atol=1e-4)
+    mask = torch.ones(3, 9, dtype=torch.bool)
+    mask[:, 6] = False
+    for model, place in ((both, 0), (net, 8)):      # a padded position is not seen, from either side
+        assert torch.allclose(model(tokens, mask=mask)[:, place], model(changed, mask=mask)[:, place], atol=1e-6)
+    assert torch.allclose(net(embeds=net.token(tokens)), out)
+    with pytest.raises(ValueError, match="13 positions"):
+        net(torch.zeros(1, 13, dtype=torch.long))
+
+
 # ------------------------------------------------------------------------------------------- training helpers
 
 def test_ema_and_update_and_frozen():

@@ -475,7 +475,8 @@ class Images:
             raise UserError(f"{name}: train and test images differ in shape, {self.shape} and {tuple(self.test.shape[1:])}")
         self.labelled = "train_labels" in found or "labels" in found
         self.classes = self.n_classes if conditional and self.labelled else 0
-        self.key = digest(hashlib.sha256(self.train.cpu().numpy().tobytes()).hexdigest(), self.train.shape)
+        self.key = digest(*(hashlib.sha256(a.cpu().numpy().tobytes()).hexdigest() for a in (self.train, self.train_labels)),
+                          self.train.shape)
 
     @staticmethod
     def _images(found, key, name):

@@ -54,8 +54,8 @@ def judge(claim, arms: dict) -> dict:
     if left is None or right is None:       # the metric does not exist on this data
         return entry
     if claim.scale == "ratio":
-        if min(left + right) <= 0:
-            raise ValueError(f"claim on {claim.metric}: a ratio needs positive values; use scale='difference'")
+        if min(left + right) <= 0:      # no logarithm; a claim that can meet this on its own data is one of differences
+            return entry
         values, margin, back = [math.log(a / b) for a, b in zip(left, right)], math.log(claim.margin), math.exp
     else:
         values, margin, back = [a - b for a, b in zip(left, right)], claim.margin, float
@@ -130,7 +130,7 @@ def number(value: float) -> str:
 def measured(claim: dict) -> str:
     """'0.41 [0.38, 0.44], claimed < 0.8' for one judged claim."""
     if claim["ratio"] is None:
-        return "not measured on this data"
+        return "no such metric on this data, or a ratio with 0"
     shown = number(claim["ratio"])
     if claim["interval"][0] is not None:
         shown += f" [{number(claim['interval'][0])}, {number(claim['interval'][1])}]"

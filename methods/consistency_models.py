@@ -276,13 +276,14 @@ CLAIMS = [
 ]
 
 NOTES = """CD, CT and progressive distillation were tuned on seeds 100 and 101 (learning rate, target decay, number of
-levels), checked on 110 to 112, and seeds 0-4 were run once. On this data the paper's lead of CD over progressive
-distillation is small: with a tuned baseline (64 Euler steps, learning rate 1.5e-2) both lie near the floor of sw2 and
-the claim is undecided; with the baseline's first setting (16 steps, 1e-3) the ratio was 0.8 before CD was tuned either.
-The fidelity claim (rmse) missed its margin narrowly. CT ends far from its best: at 2,500 updates it still improved with
-larger s1, the largest one tried with its learning rate being 30. The rmse of two-step samples is no error: their second
-noise is new. Heun's one step is taken in flow time; on the noise levels of the paper it would divide by eps. Seconds were
-measured on a shared machine; the processor time was 43 s a seed."""
+levels), checked on 110 to 112, and seeds 0-4 were run once. On this data the paper's lead of CD over
+progressive distillation is small: with a tuned baseline (64 Euler steps, learning rate 1.5e-2) both lie
+near the floor of sw2 and the claim is undecided; with the baseline's first setting (16 steps, 1e-3) the
+ratio was 0.8 before CD was tuned either. The fidelity claim (rmse) missed its margin narrowly. CT ends far
+from its best: at 2,500 updates it still improved with larger s1, the largest one tried with its learning
+rate being 30. The rmse of two-step samples is no error: their second noise is new. Heun's one step is taken
+in flow time; on the noise levels of the paper it would divide by eps. Seconds were measured on a shared
+machine; the processor time was 43 s a seed."""
 
 if __name__ == "__main__":
     common.main(run, Config, CLAIMS)

@@ -155,7 +155,10 @@ def parse(config: type, argv: list[str], description: str = "") -> Config:
     """Command line to a Config instance: defaults, then presets, then explicit flags. Exits with code 2 on bad input."""
     hints = typing.get_type_hints(config, include_extras=True)
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shown = [f"  {situation}: {', '.join(f'{k} {v}' for k, v in preset.items() if k in defaults)}"
+             for cls in config.__mro__ for situation, preset in vars(cls).get("PRESETS", {}).items()]
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    epilog="other defaults with this data or option:\n" + "\n".join(shown))
     for name, default in defaults.items():
         arguments = option(hints[name])
         arguments["help"] = (arguments["help"] + f" (default: {default})").replace("%", "%%")

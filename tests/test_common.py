@@ -338,6 +338,7 @@ def test_help_lists_every_option_with_meaning_and_default(capsys):
         common.parse(Options, ["--help"], "what it is")
     text = capsys.readouterr().out
     assert stopped.value.code == 0 and "what it is" in text and "learning rate, 100 % of it (default: 0.001)" in " ".join(text.split())
+    assert "images: width 8" in text and "smoke: steps 3" in text
     for field in dataclasses.fields(Options):
         assert "--" + field.name.replace("_", "-") in text
 

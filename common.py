@@ -67,7 +67,7 @@ class Config:
     """Options that all scripts share; a script's Config adds its hyper-parameters, each Annotated[type, "help"].
 
     PRESETS maps a situation to settings that replace the defaults there, while explicit flags still win:
-    "images" (any image data), "cifar" (32x32 images), a data set's name, "smoke". Of a preset in this class only the
+    "points", "images" (any image data), "cifar" (32x32 images), a data set's name, "smoke". Of a preset in this class only the
     fields that a script has are used.
     """
     PRESETS: ClassVar[dict] = {"smoke": dict(steps=3, teacher_steps=3, batch=16, eval_samples=64, pairs=64)}
@@ -404,13 +404,15 @@ def data_kinds(name: str) -> tuple[str, ...]:
     if name in ("cifar10", "cifar100"):
         return "images", "cifar", name
     path = find_data(name)
-    if name in NAMES or path is None or path.suffix != ".npz":
+    if name in NAMES:
+        return "points", name
+    if path is None or path.suffix != ".npz":
         return (name,)
     try:
         with zipfile.ZipFile(path) as archive:
             key = next((f"{k}.npy" for k in ("train_images", "images") if f"{k}.npy" in archive.namelist()), None)
             if key is None:
-                return (name,)
+                return ("points", name) if "points.npy" in archive.namelist() else (name,)
             with archive.open(key) as file:
                 np.lib.format.read_magic(file)
                 shape = np.lib.format.read_array_header_1_0(file)[0]

@@ -1,7 +1,7 @@
 """Claims, the results files and the table in README.md; run_all.sh calls it.
 
     python ledger.py run [names] [--seeds N] [--jobs N] [--threads N] [--out DIR] [--data NAME] [--force]
-    python ledger.py table              rebuild README's table from results/*.json
+    python ledger.py table              take over reworded claims and notes, rebuild README's table from results/*.json
     python ledger.py check              say which results are missing or stale
 
 `run` executes the scripts that are not up to date, several at a time, and rebuilds the table.
@@ -9,6 +9,7 @@
 import argparse
 import ast
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -214,8 +215,23 @@ def readme_with(text: str, rows: str) -> str:
     return f"{before}{BEGIN}\n{rows}\n{END}{rest.split(END)[1]}"
 
 
+def refresh(name: str) -> None:
+    """Bring the words of an up-to-date results file (title, paper, notes, claims' texts) to those of the script."""
+    path = ROOT / "results" / f"{name}.json"
+    if problems(name, path.parent):
+        return
+    sys.path.insert(0, str(ROOT / "methods"))
+    module, result = importlib.import_module(name), json.loads(path.read_text())
+    result |= describe(name, module.__doc__) | {"notes": getattr(module, "NOTES", "")}
+    for claim, entry in zip(module.CLAIMS, result["claims"], strict=True):
+        entry["text"] = claim.says
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def write_table() -> None:
-    """Rebuild README's table from results/*.json."""
+    """Rebuild README's table from results/*.json, after their words have been brought up to date."""
+    for name in methods():
+        refresh(name)
     path = ROOT / "README.md"
     path.write_text(readme_with(path.read_text(), table(read_results(ROOT / "results"))))
 

@@ -61,16 +61,21 @@ class MLP(nn.Module):
         return self.head(self.hidden(x, t, y, s))
 
 
+def groups(channels: int) -> int:
+    """Groups of a group norm: 8 or less, at least 4 channels each, a divisor of the channels."""
+    return next(g for g in range(max(1, min(8, channels // 4)), 0, -1) if channels % g == 0)
+
+
 class Block(nn.Module):
     """Residual block of the U-Net with scale and shift from the condition, then optional self-attention."""
 
     def __init__(self, a: int, b: int, condition: int, attention: bool):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(min(8, a // 4), a), nn.Conv2d(a, b, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(min(8, b // 4), b), nn.Conv2d(b, b, 3, padding=1)
+        self.norm1, self.conv1 = nn.GroupNorm(groups(a), a), nn.Conv2d(a, b, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(groups(b), b), nn.Conv2d(b, b, 3, padding=1)
         self.film = nn.Linear(condition, 2 * b)
         self.skip = nn.Conv2d(a, b, 1) if a != b else nn.Identity()
-        self.norm3 = nn.GroupNorm(min(8, b // 4), b) if attention else None
+        self.norm3 = nn.GroupNorm(groups(b), b) if attention else None
         self.qkv, self.out = (nn.Conv2d(b, 3 * b, 1), nn.Conv2d(b, b, 1)) if attention else (None, None)
         nn.init.zeros_(self.conv2.weight)
 
@@ -117,7 +122,7 @@ class UNet(nn.Module):
                 now = w
             if level:
                 self.up.append(nn.Upsample(scale_factor=2))
-        self.last = nn.GroupNorm(min(8, width // 4), width)
+        self.last = nn.GroupNorm(groups(width), width)
         self.head = nn.Conv2d(width, out or channels, 3, padding=1)
 
     def hidden(self, x, t, y=None, s=None):

@@ -129,7 +129,7 @@ def test_gradient_for_one_point_is_that_of_the_loss():
 
 
 def test_proposition_on_the_limit_of_many_levels():
-    """Even grid: with theta- = theta the gradient tends to 2 (theta - xi) E[eps / s^2 (1 - eps / s)]; else it is ~ N."""
+    """Even grid: with theta- = theta it tends to 2 (theta - xi) E[eps / s^2 (1 - eps / s)]; else it grows like N."""
     eps, top, xi = 0.5, 4.0, 1.0
     theta = torch.tensor([0.2], dtype=torch.double)
 

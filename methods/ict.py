@@ -136,7 +136,7 @@ def consistency_training_loss(f, f_target, x, z, sigma, sigma_next, distance, we
 
     f, f_target: callables (x (B, ...), sigma (B,)) -> (B, ...); iCT passes the same one twice. x (B, ...): data;
     z (B, ...): standard normal; sigma < sigma_next (B,): neighbours on the grid; distance(a, b) -> (B,). weight:
-    "step" for lambda = 1 / (sigma_next - sigma), "one" for 1. A network with dropout needs the same mask in both calls.
+    "step" for lambda = 1 / (sigma_next - sigma), "one" for 1. With dropout, use the same mask in both calls.
     """
     a = f(x + common.expand(sigma_next, x) * z, sigma_next)
     with torch.no_grad():

@@ -22,7 +22,6 @@ of resolution, no mesh; learning rates fall as a cosine. In all arms t is unifor
 steps in [0.02, 0.5], as in the paper.
 
     python methods/vsd.py                       # 35 s of CPU time
-    python methods/vsd.py --part points         # the first miniature alone, 15 s
     python methods/vsd.py --data shapes         # images as particles, with a trained prior
     python methods/vsd.py --part points --data my.npz
 """

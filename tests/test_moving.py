@@ -93,3 +93,9 @@ def test_pictures_show_the_ball_where_it_is():
 def test_same_stream_same_clips():
     first, second = (torch.manual_seed(6) and moving.sample(4, 6)[0] for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_paths_of_a_clip_change_colour_at_the_training_length():
+    points, beyond = moving.paths(torch.arange(10.0).view(1, 5, 2), 3)
+    assert points.shape == (4 * 24, 2) and beyond.tolist() == [0] * 48 + [1] * 48
+    assert torch.equal(points[24], torch.tensor([2.0, 3.0]))

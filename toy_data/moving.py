@@ -72,3 +72,11 @@ def render(states: torch.Tensor, size: int = 12, radius: float = 0.22) -> torch.
     x, y = states[..., 0, None, None] - centre, states[..., 1, None, None] + centre[:, None]
     edge = 2 / size
     return (2 * ((radius - (x * x + y * y).sqrt()) / edge + 0.5).clamp(0, 1) - 1).unsqueeze(-3)
+
+
+def paths(clips: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points along the paths of clips (n, N, 2), 24 from frame to frame, and their labels, 0 up to frame `length` and 1
+    beyond it: a scatter panel in which a path reads as a line that changes colour."""
+    points = torch.lerp(clips[:, :-1, None], clips[:, 1:, None], torch.arange(24, device=clips.device)[:, None] / 24)
+    beyond = (torch.arange(points.shape[1], device=clips.device) >= length - 1).long()
+    return points.flatten(0, 2), beyond[:, None].expand(points.shape[:3]).flatten()

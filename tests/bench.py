@@ -1,8 +1,9 @@
 """What the harness costs and how long the scripts take: python tests/bench.py [names] [--steps N] [--fast]
 
 For each script: the time of a training step divided by the time of the bare forward, backward and optimiser calls that
-it consists of, measured in turns in one process (`ratio`; for the arm of the first claim, and the largest of all arms);
-the seconds from the start of Python to the first training step; and the seconds and the peak memory of a default run with
+it consists of, measured in turns in one process (`ratio`; for the last arm trained, and the largest of all arms); it holds
+the data, the objective's own arithmetic and the harness. The harness alone (bar, reading and checking losses, checkpoint
+clock) as a share of that arm's step is `harness`, from a loop with an empty body and three loss terms; the seconds from the start of Python to the first training step; and the seconds and the peak memory of a default run with
 a cold and with a warm cache of teachers (left out with --fast). Run it on an idle machine.
 
 The bare step is made from a recording: the calls of the networks in one real step, with their inputs and whether they
@@ -49,8 +50,9 @@ common.main(module.run, module.Config, module.CLAIMS, ["--threads", "2", "--out"
 """
 
 
-def ratios(name: str, steps: int) -> dict[str, float]:
-    """{arm: time of a step / time of its bare network and optimiser calls} for every training loop of a script."""
+def ratios(name: str, steps: int) -> dict[str, tuple[float, float]]:
+    """{arm: (time of a step / time of its bare network and optimiser calls, share of the harness in the step)} for every
+    training loop of a script."""
     import torch
     from conftest import load_method
 
@@ -81,8 +83,13 @@ def ratios(name: str, steps: int) -> dict[str, float]:
                     break
                 yield step
             if real:
-                found[self.name] = statistics.median(real) / statistics.median(bare)
+                found[self.name] = statistics.median(real) / statistics.median(bare), 20 * empty / statistics.median(real)
 
+    empty, terms = common.loop(common.Config(), "empty", 2000), {k: torch.tensor(1.0) for k in "abc"}
+    began = time.perf_counter()
+    for _ in empty:
+        empty.losses(**terms)
+    empty = (time.perf_counter() - began) / 2000
     original, common.loop = common.loop, Measured
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
@@ -167,7 +174,7 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="leave out the default runs")
     args = parser.parse_args()
     names = args.names or sorted(p.stem for p in (ROOT / "methods").glob("*.py"))
-    print(f"{'method':<24}{'ratio':>7}{'largest':>9}{'first step s':>14}{'cold s':>9}{'warm s':>9}{'MB':>7}")
+    print(f"{'method':<24}{'ratio':>7}{'largest':>9}{'harness':>9}{'first step s':>14}{'cold s':>9}{'warm s':>9}{'MB':>7}")
     for name in names:
         path = ROOT / "methods" / f"{name}.py"
         with tempfile.TemporaryDirectory() as folder:
@@ -175,7 +182,8 @@ def main() -> None:
             first = child(FIRST_STEP.format(root=str(ROOT), name=name, path=str(path), out=folder, began=time.time()),
                           DISTILL_CACHE=f"{folder}/first")
             arms = [arm for arm in found if arm not in ("teacher", "classifier")] or list(found)
-            line = f"{name:<24}{found[arms[-1]]:>7.2f}{max(found.values()):>9.2f}{float(first.split()[-1]):>14.1f}"
+            (ratio, share), largest = found[arms[-1]], max(r for r, _ in found.values())
+            line = f"{name:<24}{ratio:>7.2f}{largest:>9.2f}{share:>9.1%}{float(first.split()[-1]):>14.1f}"
             if not args.fast:
                 (cold, memory), (warm, _) = (whole_run(name, f"{folder}/cache", folder) for _ in range(2))
                 line += f"{cold:>9.1f}{warm:>9.1f}{memory:>7.0f}"

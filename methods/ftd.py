@@ -308,11 +308,11 @@ CLAIMS = [
     common.Claim("ftd", ">", "mtt + average", metric="acc", margin=0.0, scale="difference",
                  says="images distilled from flat experts make better training sets"),
 ]
-NOTES = ("The paper's smaller accumulated error is not shown here: flat experts are matched 7 % less well, and the chained "
-         "error comes out equal. With one set an arm it looked smaller (0.346 against 0.418, seeds 103 to 109), by a few "
-         "runs of plain MTT whose inner learning rate stayed low; over three sets this is gone. Also tried: N = 8, M = 1 "
-         "(0.300 and 0.298), N = 6 with experts at rate 0.1 (0.199 and 0.197), rho from 0.1 to 1. init_gain and "
-         "loss_rise differ little: a random direction among 10,000 says little of the few curved ones.")
+NOTES = ("The paper's smaller accumulated error is not shown here: flat experts are matched 7 % less well, and the "
+         "chained error comes out equal. With one set an arm it looked smaller (0.346 against 0.418, seeds 103-109), "
+         "by a few runs of plain MTT whose inner learning rate stayed low; over three sets this is gone. Also tried: "
+         "N = 8, M = 1 (0.300 and 0.298), N = 6 with experts at rate 0.1 (0.199 and 0.197), rho from 0.1 to 1. "
+         "init_gain and loss_rise differ little: a random direction among 10,000 says little of the few curved ones.")
 
 if __name__ == "__main__":
     common.main(run, Config, CLAIMS)

@@ -36,6 +36,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import language
+from language import *  # sampling, log-probabilities, divergences, for the scripts
 from networks import MLP, ResNet, TimeFeatures, Transformer, UNet
 from toy_data.points import NAMES, Points
 
@@ -617,6 +619,26 @@ def flow_teacher(cfg: Config, data, width: int, depth: int, batch: int = 512, lr
         net.load_state_dict(average.state_dict())
     return trained(cfg, "teacher", net, train, data=data.key, classes=data.classes, steps=cfg.teacher_steps, batch=batch,
                    lr=lr, drop=label_drop)
+
+
+def language_model(cfg: Config, name: str, net: Transformer, sample: Callable, steps: int, eos: int, batch: int = 128,
+                   lr: float = 3e-3, **key) -> Transformer:
+    """Train a causal Transformer by cross-entropy on the answers of sample(batch) -> prompts (B, P), answers (B, L), up
+    to their first eos; one-cycle learning rate with peak lr. Cached and frozen, see trained(): key must name the data."""
+    def train():
+        optimizer = torch.optim.AdamW(net.parameters(), lr, (0.9, 0.99), weight_decay=0.01, fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1)
+        progress = loop(cfg, name, steps, net=net, optimizer=optimizer, schedule=schedule)
+        for _ in progress:
+            prompts, answers = (x.to(cfg.dev) for x in sample(batch))
+            with cfg.autocast():
+                logits = language.completion_logits(net, prompts, answers)
+            loss = -language.masked_mean(language.token_log_probs(logits.float(), answers),
+                                         language.answer_mask(answers, eos))
+            update(optimizer, loss, clip=1.0)
+            schedule.step()
+            progress.losses(ce=loss)
+    return trained(cfg, name, net, train, steps=steps, batch=batch, lr=lr, **key)
 
 
 def classifier(cfg: Config, data: Images, steps: int = 400, batch: int = 128) -> ResNet:

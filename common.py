@@ -38,10 +38,10 @@ from tqdm import tqdm
 
 import language
 from language import *  # sampling, log-probabilities, divergences, for the scripts
-from networks import MLP, ResNet, TimeFeatures, Transformer, UNet
+from networks import GCN, MLP, ResNet, TimeFeatures, Transformer, UNet
 from toy_data.points import NAMES, Points
 
-__all__ = ["MLP", "ResNet", "TimeFeatures", "Transformer", "UNet"]      # those of networks.py, for readers of scripts
+__all__ = ["GCN", "MLP", "ResNet", "TimeFeatures", "Transformer", "UNet"]      # those of networks.py, for readers of scripts
 ROOT = Path(__file__).resolve().parent
 TOY = ROOT / "toy_data"
 DATA_HELP = "a toy data set, a name in the folder $DISTILL_DATA, or a path to a .npz file"

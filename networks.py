@@ -174,6 +174,41 @@ class Residual(nn.Module):
     def forward(self, x):
         return F.relu(self.skip(x) + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))))
 
+
+class GCN(nn.Module):
+    """Graph convolutions: net(x (N, F), adjacency) -> logits (N, out); each layer is adjacency @ x @ W + b, with ReLU and
+    dropout between layers. adjacency: an (N, N) matrix, usually sparse, with self-loops: D^-1/2 (A + I) D^-1/2 makes it
+    the GCN of Kipf and Welling, D^-1 (A + I) the GraphSAGE with its "gcn" aggregator. Without one, net(x) is an MLP of the
+    same shape. hidden() gives (N, width) before `head`.
+    """
+
+    def __init__(self, dim: int, width: int, out: int, depth: int = 2, dropout: float = 0.0):
+        super().__init__()
+        sizes = [dim] + [width] * (depth - 1)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
+        self.head, self.dropout = nn.Linear(sizes[-1], out), nn.Dropout(dropout)
+        for layer in (*self.layers, self.head):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def hidden(self, x, adjacency=None):
+        for layer in self.layers:
+            x = self.dropout(F.relu(convolve(layer, x, adjacency)))
+        return x
+
+    def forward(self, x, adjacency=None):
+        return convolve(self.head, self.hidden(x, adjacency), adjacency)
+
+
+def convolve(layer: nn.Linear, x: torch.Tensor, adjacency: torch.Tensor | None = None) -> torch.Tensor:
+    """adjacency @ (x @ W) + b; the layer itself without adjacency. Sparse products run in float32 also under autocast."""
+    if adjacency is None:
+        return layer(x)
+    h = F.linear(x, layer.weight)
+    with torch.autocast(x.device.type, enabled=False):
+        return adjacency @ h.to(adjacency.dtype) + layer.bias
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over (B, L, width); keys and values of earlier positions can come from a cache."""
 

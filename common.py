@@ -37,7 +37,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import language
-from language import *  # sampling, log-probabilities, divergences, for the scripts
+from language import *
+from metrics import *
 from networks import GCN, MLP, ResNet, TimeFeatures, Transformer, UNet
 from toy_data.points import NAMES, Points
 
@@ -84,8 +85,10 @@ class Config:
     out: Annotated[str, "folder for the picture, the JSON and the checkpoints"] = "runs"
     resume: Annotated[bool, "continue an interrupted run of the same configuration"] = False
     smoke: Annotated[bool, "tiny settings: walk through every line in about 2 s"] = False
+    fid: Annotated[bool, "image generators: also FID in torchvision's Inception features (downloads its weights)"] = False
     threads: Annotated[int, "CPU threads; 0: torch's own choice", between(0)] = 0
     checkpoint_every: Annotated[float, "seconds between checkpoints"] = 30.0
+    preview_every: Annotated[float, "seconds between pictures of samples in OUT/<name>.state, by image generators"] = 300.0
 
     def __post_init__(self):
         self.context = types.SimpleNamespace(state=None, seconds={})    # where checkpoints go; training time of each arm
@@ -259,13 +262,16 @@ class loop:
 
     name: unique in a script and, for the time in the table, equal to the arm's name. steps: default cfg.steps.
     state: everything that changes from step to step: modules, optimisers, schedulers (state_dict) and plain tensors.
+    preview: a function that returns samples, drawn every --preview-every seconds beside the checkpoint, on a random
+    stream of its own.
     Inside, random numbers come from a stream of its own that depends on cfg.seed alone, so arms see the same data in
     the same order, and code outside gets the same numbers whether training ran, was resumed or came from a cache.
     """
     EVERY = 20      # losses are read this often: a read waits for the device
 
-    def __init__(self, cfg: Config, name: str, steps: int | None = None, **state):
+    def __init__(self, cfg: Config, name: str, steps: int | None = None, preview: Callable | None = None, **state):
         self.cfg, self.name, self.steps, self.state = cfg, name, cfg.steps if steps is None else steps, state
+        self.preview = preview
         self.pending, self.step, self.seconds = [], 0, 0.0
         folder = cfg.context.state
         self.path = folder and folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{digest(name)[:6]}.pt"
@@ -304,13 +310,20 @@ class loop:
             set_rng_state(saved["rng"])
             self.step, self.seconds = saved["step"], saved["seconds"]
 
+    def _draw(self) -> None:
+        if self.preview and self.path:
+            from pictures import draw
+            with seeded(self.cfg.seed), torch.no_grad():
+                picture = draw([(f"step {self.step}", self.preview())], title=self.name)
+            write_atomic(self.path.with_suffix(".png"), picture)
+
     def __iter__(self):
         with seeded(10007 * (self.cfg.seed + 1)):
             self._load()
             bar = tqdm(total=self.steps, initial=self.step, desc=f"{self.name:<28.28}", file=sys.stderr,
                        mininterval=0.5 if sys.stderr.isatty() else 10)
             before, began = self.seconds, time.monotonic()
-            saved = began
+            saved = drawn = began
             try:
                 while self.step < self.steps:
                     yield self.step
@@ -323,6 +336,9 @@ class loop:
                         saved = time.monotonic()
                         self.seconds = before + saved - began
                         self._save()
+                    if time.monotonic() - drawn > self.cfg.preview_every or (self.cfg.smoke and self.step == self.steps):
+                        self._draw()
+                        drawn = time.monotonic()
             finally:
                 bar.close()
                 self.cfg.context.seconds[self.name] = self.seconds
@@ -350,6 +366,11 @@ def frozen(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).eval().requires_grad_(False)
 
 
+def cache_folder() -> Path:
+    """Where trained networks and reference statistics are kept."""
+    return Path(os.environ.get("DISTILL_CACHE") or ROOT / ".cache")
+
+
 def trained(cfg: Config, name: str, module: nn.Module, train: Callable[[], Any], **key) -> nn.Module:
     """Train `module` in place by train(), or load the result of an earlier run; returns it frozen, in eval mode.
 
@@ -359,7 +380,7 @@ def trained(cfg: Config, name: str, module: nn.Module, train: Callable[[], Any],
     """
     shapes = [(k, tuple(v.shape)) for k, v in module.state_dict().items()]
     code = digest(name, repr(module), shapes, cfg.seed, cfg.dev.type, cfg.amp, LEDGER, sorted(key.items()))
-    folder = Path(os.environ.get("DISTILL_CACHE") or ROOT / ".cache")
+    folder = cache_folder()
     path = folder / f"{name}-{code}.pt"
     try:
         with locked(path.with_suffix(".lock")):
@@ -515,16 +536,24 @@ class Images:
         return self.train_labels[index] if self.classes else None
 
 
-def cifar(name: str) -> dict[str, np.ndarray]:
-    """CIFAR-10 or CIFAR-100 through torchvision, downloaded on first use into $DISTILL_DATA or .cache."""
-    try:        # beside a CPU-only torch the compiled operators do not load; declaring the two that are missing suffices
+def load_torchvision(asked: str):
+    """The module torchvision with its parts datasets and models. Beside a CPU-only torch the compiled operators do not
+    load; declaring the two that are missing suffices."""
+    try:
         for operator in ("nms(Tensor boxes, Tensor scores, float threshold) -> Tensor",
                          "qnms(Tensor boxes, Tensor scores, float threshold) -> Tensor"):
             with contextlib.suppress(RuntimeError):
                 torch.library.define(f"torchvision::{operator.split('(')[0]}", "(" + operator.split("(", 1)[1])
-        from torchvision import datasets
+        import torchvision.datasets
+        import torchvision.models
     except ImportError as error:
-        raise UserError(f"--data {name} needs torchvision ({error}); pip install -r requirements.txt")
+        raise UserError(f"{asked} needs torchvision ({error}); pip install -r requirements.txt")
+    return torchvision
+
+
+def cifar(name: str) -> dict[str, np.ndarray]:
+    """CIFAR-10 or CIFAR-100 through torchvision, downloaded on first use into $DISTILL_DATA or .cache."""
+    datasets = load_torchvision(f"--data {name}").datasets
     source = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     folder = os.environ.get("DISTILL_DATA") or ROOT / ".cache"
     try:
@@ -590,20 +619,24 @@ def make_network(cfg: Config, data, width: int, depth: int, times: int = 1, out:
     return cfg.place(UNet(data.shape, **arguments) if len(data.shape) == 3 else MLP(data.shape[0], **arguments))
 
 
-def flow_teacher(cfg: Config, data, width: int, depth: int, batch: int = 512, lr: float = 0.0, label_drop: float = 0.1):
+def flow_teacher(cfg: Config, data, width: int, depth: int, batch: int = 0, lr: float = 0.0, label_drop: float = 0.1):
     """A velocity network trained by flow matching (t uniform) for cfg.teacher_steps steps, cached and frozen: the
-    teacher that all generators share. Its weights are the exponential average of the last ~200 steps. Labels, where
-    the data hands them out, are dropped with probability label_drop, so that guided() works. lr 0: 5e-3 for points, 1e-3
-    for images."""
+    teacher that all generators share. Its weights are the exponential average of the last ~200 steps, or from 32x32 on
+    of the last twentieth. Labels, where the data hands them out, are dropped with probability label_drop, so that
+    guided() works. lr 0: 5e-3 for points, 1e-3 for small images, 3e-4 from 32x32 on; batch 0: 512, there 128."""
     net = make_network(cfg, data, width, depth)
-    lr, batch = lr or (1e-3 if len(data.shape) == 3 else 5e-3), 16 if cfg.smoke else batch
+    large = len(data.shape) == 3 and min(data.shape[1:]) >= 32
+    lr = lr or (3e-4 if large else 1e-3 if len(data.shape) == 3 else 5e-3)
+    batch = 16 if cfg.smoke else batch or (128 if large else 512)
+    decay = max(0.995, 1 - 20 / cfg.teacher_steps) if large else 0.995
 
     def train():
         average = copy.deepcopy(net)
         optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.teacher_steps)
         state = dict(net=net, average=average, optimizer=optimizer, schedule=schedule)
-        progress = loop(cfg, "teacher", cfg.teacher_steps, **state)
+        progress = loop(cfg, "teacher", cfg.teacher_steps, **state, preview=lambda: sample_flow(
+            average, torch.randn(64, *data.shape, device=cfg.dev), 20, data.labels(64)))
         for step in progress:
             x, y = data.sample(batch)
             if y is not None:
@@ -614,7 +647,7 @@ def flow_teacher(cfg: Config, data, width: int, depth: int, batch: int = 512, lr
             loss = F.mse_loss(v.float(), noise - x)
             update(optimizer, loss)
             schedule.step()
-            ema_update(average, net, min(0.995, (step + 1) / (step + 10)))
+            ema_update(average, net, min(decay, (step + 1) / (step + 10)))
             progress.losses(flow=loss)
         net.load_state_dict(average.state_dict())
     return trained(cfg, "teacher", net, train, data=data.key, classes=data.classes, steps=cfg.teacher_steps, batch=batch,
@@ -641,18 +674,26 @@ def language_model(cfg: Config, name: str, net: Transformer, sample: Callable, s
     return trained(cfg, name, net, train, steps=steps, batch=batch, lr=lr, **key)
 
 
-def classifier(cfg: Config, data: Images, steps: int = 400, batch: int = 128) -> ResNet:
-    """A small ResNet trained on the labelled images, cached and frozen: its features() give the Frechet distance."""
-    net = cfg.place(ResNet(data.shape[0], data.n_classes, 16, (1, 1, 1) if min(data.shape[1:]) >= 16 else (1, 1)))
-    steps, batch = (3, 16) if cfg.smoke else (steps, batch)
+def classifier(cfg: Config, data: Images) -> ResNet:
+    """A small ResNet trained on the labelled images, cached and frozen: its features() give the Frechet distance. From
+    32x32 on it is wider and deeper and learns longer, on images that are mirrored at random."""
+    large = min(data.shape[1:]) >= 32
+    stages = (2, 2, 2) if large else (1, 1, 1) if min(data.shape[1:]) >= 16 else (1, 1)
+    net = cfg.place(ResNet(data.shape[0], data.n_classes, 32 if large else 16, stages))
+    steps, batch = (3, 16) if cfg.smoke else (5000, 256) if large else (400, 128)
 
     def train():
         optimizer = torch.optim.Adam(net.parameters(), lr=2e-3, fused=True)
-        progress = loop(cfg, "classifier", steps, net=net, optimizer=optimizer)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps if large else 1.0)
+        progress = loop(cfg, "classifier", steps, net=net, optimizer=optimizer, schedule=schedule)
         for _ in progress:
             index = torch.randint(len(data.train), (batch,), device=data.device)
-            loss = F.cross_entropy(net(data.normal(data.train[index])), data.train_labels[index])
+            x = data.normal(data.train[index])
+            if large:
+                x = torch.where(torch.rand(batch, 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
+            loss = F.cross_entropy(net(x), data.train_labels[index])
             update(optimizer, loss)
+            schedule.step()
             progress.losses(ce=loss)
     return trained(cfg, "classifier", net, train, data=data.key, steps=steps, batch=batch)
 
@@ -727,76 +768,7 @@ def sample_flow(model: Callable, noise: torch.Tensor, steps: int, y=None, method
     return solve(lambda x, t: model(x, t, y), noise, torch.linspace(1, 0, steps + 1), method, path)
 
 
-# ---------------------------------------------------------------------------------------------- metrics
-
-@torch.no_grad()
-def sliced_wasserstein(x: torch.Tensor, y: torch.Tensor, projections: int = 128) -> float:
-    """Sliced Wasserstein-2 distance of two samples (N, ...), (M, ...): root of the mean squared W2 over fixed random
-    directions of the flattened space. With N != M the larger one is thinned to the quantiles of the smaller."""
-    x, y = x.flatten(1).float(), y.flatten(1).float()
-    directions = torch.randn(x.shape[1], projections, generator=torch.Generator().manual_seed(0))
-    directions = F.normalize(directions, dim=0).to(x.device)
-    a, b = (x @ directions).sort(0)[0], (y @ directions).sort(0)[0]
-    if len(a) != len(b):
-        n = min(len(a), len(b))
-        a, b = (z[((torch.arange(n) + 0.5) / n * len(z)).long()] for z in (a, b))
-    return (a - b).square().mean().sqrt().item()
-
-
-@torch.no_grad()
-def mode_stats(x: torch.Tensor, means: torch.Tensor, weights: torch.Tensor, std: float) -> dict[str, float]:
-    """Samples (N, D) against a mixture. coverage: share of components that get at least 20 % of their weight within 3
-    std; mass_tv: total variation between the weights and the shares of the nearest component, in [0, 1]; off_support:
-    share of samples more than 3 std from every mean."""
-    distance, nearest = torch.cdist(x.float(), means).min(1)
-    near = torch.bincount(nearest[distance < 3 * std], minlength=len(means)) / len(x)
-    share = torch.bincount(nearest, minlength=len(means)) / len(x)
-    return dict(coverage=(near >= 0.2 * weights).float().mean().item(),
-                mass_tv=0.5 * (share - weights).abs().sum().item(), off_support=1 - near.sum().item())
-
-
-@torch.no_grad()
-def mmd(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Unbiased squared maximum mean discrepancy of (N, D) and (M, D), Gaussian kernels at 1/2, 1, 2 x the median distance."""
-    xx, yy, xy = torch.cdist(x, x).square(), torch.cdist(y, y).square(), torch.cdist(x, y).square()
-    total, n, m = 0.0, len(x), len(y)
-    for factor in (0.25, 1.0, 4.0):
-        kxx, kyy, kxy = (torch.exp(-d / (2 * factor * xy.median())) for d in (xx, yy, xy))
-        total += ((kxx.sum() - n) / (n * (n - 1)) + (kyy.sum() - m) / (m * (m - 1)) - 2 * kxy.mean()).item()
-    return total
-
-
-@torch.no_grad()
-def frechet(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Frechet distance |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of Gaussians fitted to features (N, D), (M, D)."""
-    x, y = x.double().cpu(), y.double().cpu()
-    values, vectors = torch.linalg.eigh(torch.cov(x.T))
-    root = vectors @ (values.clamp_min(0).sqrt()[:, None] * vectors.T)
-    cross = torch.linalg.eigvalsh(root @ torch.cov(y.T) @ root).clamp_min(0).sqrt().sum()
-    distance = (x.mean(0) - y.mean(0)).square().sum() + x.var(0).sum() + y.var(0).sum() - 2 * cross
-    return max(distance.item(), 0.0)
-
-
-@torch.no_grad()
-def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tuple[float, float]:
-    """Share of fakes (M, D) inside the k-nearest-neighbour balls of the reals (N, D), and the converse
-    (Kynkaanniemi et al. 2019)."""
-    def inside(points, centres):
-        radius = torch.cdist(centres, centres).kthvalue(k + 1, 1)[0]
-        return (torch.cdist(points, centres) <= radius).any(1).float().mean().item()
-    return inside(fake, real), inside(real, fake)
-
-
-@torch.no_grad()
-def classification(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> dict[str, float]:
-    """acc; nll in nats; ece, the expected calibration error over equal bins of confidence. logits (N, C), labels (N,)."""
-    confidence, predicted = logits.softmax(1).max(1)
-    right = (predicted == labels).float()
-    which = (confidence * bins).long().clamp_max(bins - 1)
-    gap = torch.zeros(bins, device=logits.device).index_add_(0, which, right - confidence)
-    return dict(acc=right.mean().item(), nll=F.cross_entropy(logits, labels).item(),
-                ece=(gap.abs().sum() / len(labels)).item())
-
+# ---------------------------------------------------------------------------------------------- judging what was trained
 
 @torch.no_grad()
 def predict(model: Callable, data: Images, batch: int = 1000) -> torch.Tensor:
@@ -804,21 +776,54 @@ def predict(model: Callable, data: Images, batch: int = 1000) -> torch.Tensor:
     return torch.cat([model(data.normal(part)).float() for part in data.test.split(batch)])
 
 
+def batched(features: Callable, x: torch.Tensor, batch: int = 500) -> torch.Tensor:
+    """features(x), a batch of x at a time, without gradient."""
+    with torch.no_grad():
+        return torch.cat([features(part).float() for part in x.split(batch)])
+
+
 def quality(cfg: Config, data, samples: torch.Tensor) -> dict[str, float]:
     """The metrics by which every generator is judged, against as many fresh real samples (at most 10,000):
     sw2; for mixtures coverage, mass_tv and off_support; for labelled images fd, the Frechet distance in the features
-    of a classifier trained on the same data."""
+    of a classifier trained on the same data, from 32x32 on with precision and recall; with --fid fid_torchvision, that in
+    features of torchvision's Inception-v3, against all training images."""
+    n = min(len(samples), 10_000)
     with seeded(cfg.seed + 5_000_000):      # the same real samples for every arm
-        real = data.sample(min(len(samples), 10_000))[0]
+        real = data.sample(n)[0]
     found = dict(sw2=sliced_wasserstein(samples, real))
     if getattr(data, "means", None) is not None:
         found |= mode_stats(samples, data.means, data.weights, data.std)
+    kept = data.__dict__.setdefault("reference", {})       # what is the same for every arm is computed once
     if getattr(data, "labelled", False):
-        net = classifier(cfg, data)
-        with torch.no_grad():
-            features = [torch.cat([net.features(part) for part in x.clamp(-1, 1).split(1000)]) for x in (samples, real)]
-        found["fd"] = frechet(*features)
+        if n not in kept:
+            net = classifier(cfg, data)
+            kept[n] = net, batched(net.features, real.clamp(-1, 1), 1000)
+        net, reference = kept[n]
+        features = batched(net.features, samples.clamp(-1, 1), 1000)
+        found["fd"] = frechet(features, reference)
+        if min(data.shape[1:]) >= 32:
+            found["precision"], found["recall"] = precision_recall(reference, features)
+    if cfg.fid and len(data.shape) == 3:
+        if "inception" not in kept:
+            kept["inception"] = inception_reference(cfg, data)
+        net, reference = kept["inception"]
+        found["fid_torchvision"] = frechet(batched(net, samples.clamp(-1, 1)), reference)
     return found
+
+
+def inception_reference(cfg: Config, data: Images) -> tuple[Callable, tuple[torch.Tensor, torch.Tensor]]:
+    """Inception-v3 and the moments of its features on all training images, those cached; UserError without the weights."""
+    try:
+        net = inception(load_torchvision("--fid").models)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--fid: the weights of Inception-v3 could not be downloaded ({error}); leave the option out")
+    path = cache_folder() / f"inception-{data.key}-{cfg.smoke}.pt"
+    images = data.train[:100] if cfg.smoke else data.train
+    if not path.exists():
+        mean, cov = moments(batched(lambda part: net(data.normal(part)), images))
+        save_state(path, dict(mean=mean, cov=cov))
+    state = load_state(path)
+    return net, (state["mean"], state["cov"])
 
 
 # ---------------------------------------------------------------------------------------------- running a script
@@ -893,7 +898,7 @@ def locked_run(cfg: Config, run: Callable):
     """The folder for checkpoints, OUT/<name>.state, for this process alone; None while another run uses it."""
     name, module = source_name(run)
     folder = Path(cfg.out) / f"{name}.state"
-    neutral = ("out", "resume", "threads", "checkpoint_every", "seed", "seeds")
+    neutral = ("out", "resume", "threads", "checkpoint_every", "preview_every", "fid", "seed", "seeds")
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in neutral}
     settings = json.loads(json.dumps(settings | {"script": digest(Path(module.__file__).read_text())}))
     with contextlib.ExitStack() as stack:
@@ -942,7 +947,7 @@ def execute(run: Callable, cfg: Config, claims: list[Claim], state: Path | None)
         data=cfg.data, seeds=seeds, arms=table, claims=[ledger.judge(claim, table) for claim in claims],
         notes=getattr(module, "NOTES", ""), config=settings, seconds=round((time.monotonic() - began) / cfg.seeds, 1),
         device=torch.cuda.get_device_name() if device.type == "cuda" else device.type, torch=torch.__version__,
-        hash=ledger.fingerprint(Path(module.__file__)))
+        hash=ledger.fingerprint(Path(module.__file__), cfg.data))
     path = Path(cfg.out) / f"{name}.json"
     write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
     print(ledger.report(result))

@@ -87,10 +87,11 @@ def describe(name: str, docstring: str) -> dict:
     return {"name": name} | {k: " ".join(v.split()) for k, v in found.groupdict().items()}
 
 
-def canonical(node) -> str:
-    """A syntax tree as text that is the same on every Python: without docstrings, help texts and claims' wording."""
+def canonical(node, drop: tuple[str, ...] = ()) -> str:
+    """A syntax tree as text that is the same on every Python: without docstrings, help texts, claims' wording, pictures
+    drawn during training and the presets named in drop."""
     if isinstance(node, list):
-        return "[" + ",".join(map(canonical, node)) + "]"
+        return "[" + ",".join(canonical(n, drop) for n in node) + "]"
     if not isinstance(node, ast.AST):
         return repr(node)
     fields = dict(ast.iter_fields(node))
@@ -99,20 +100,25 @@ def canonical(node) -> str:
         if body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0].value, "value", None), str):
             fields["body"] = body[1:]
     if isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == "Annotated":
-        return canonical(node.slice.elts[0])
+        return canonical(node.slice.elts[0], drop)
     if isinstance(node, ast.Call):
-        fields["keywords"] = [k for k in node.keywords if k.arg != "says"]
+        fields["keywords"] = [k for k in node.keywords if k.arg not in ("says", "preview")]
+    if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "PRESETS" and isinstance(node.value, ast.Dict):
+        pairs = [(k, v) for k, v in zip(node.value.keys, node.value.values) if getattr(k, "value", None) not in drop]
+        fields["value"] = ast.Dict(*map(list, zip(*pairs))) if pairs else ast.Dict([], [])
     if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "NOTES":
         return ""
-    return type(node).__name__ + "(" + ",".join(f"{k}={canonical(v)}" for k, v in fields.items()
+    return type(node).__name__ + "(" + ",".join(f"{k}={canonical(v, drop)}" for k, v in fields.items()
                                                 if v not in (None, [])) + ")"
 
 
-def fingerprint(script: Path) -> str:
-    """Hash of what can move a script's numbers: its code, its toy data and common.LEDGER."""
+def fingerprint(script: Path, data: str = "") -> str:
+    """Hash of what can move a script's numbers on this data: its code, its toy data and common.LEDGER. The presets for
+    smoke runs do not count, and those for CIFAR only on 32x32 images."""
     import common
     tree = ast.parse(script.read_text())
-    parts = [str(common.LEDGER).encode(), canonical(tree).encode()]
+    drop = ("smoke",) if "cifar" in common.data_kinds(data) else ("smoke", "cifar", "cifar10", "cifar100")
+    parts = [str(common.LEDGER).encode(), canonical(tree, drop).encode()]
     words = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     for path in sorted([*(ROOT / "toy_data").glob("*.npz"), *(ROOT / "toy_data").glob("*.txt")]):
         if path.stem in words:
@@ -201,18 +207,57 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def leaderboard(results: dict[str, dict]) -> str:
+    """All arms of results on one data set, ranked: generators by network calls and Frechet distance (with the same
+    teacher, data, network, batch and steps), classifiers by accuracy. Floor and teacher are listed once."""
+    samples, labels, seen = [], [], set()
+    for name, r in sorted(results.items()):
+        for arm, values in r["arms"].items():
+            mean = {metric: mean_interval(v)[0] for metric, v in values.items()}
+            where = f"| [{cell(r['method'])}](../../methods/{name}.py) | {cell(arm)} |"
+            if re.match("data|teacher", arm):
+                if arm in seen:
+                    continue
+                seen.add(arm)
+            if "fd" in mean and "nfe" in mean:
+                shown = [number(mean[m]) if m in mean else "" for m in ("nfe", "fd", "precision", "recall", "seconds")]
+                samples.append((mean["nfe"], mean["fd"], f"{where} {' | '.join(shown)} |"))
+            elif "acc" in mean:
+                shown = [number(mean[m]) if m in mean else "" for m in ("acc", "nll", "seconds")]
+                labels.append((name, -mean["acc"], f"{where} {' | '.join(shown)} |"))
+    made = sorted({f"{r['device']}, torch {r['torch']}, seeds {r['seeds']}" for r in results.values()})
+    lines = [f"Made on {'; '.join(made)}. fd: Frechet distance in the features of a classifier trained on the same data (not FID).", ""]
+    if samples:
+        lines += ["| method | arm | network calls | fd | precision | recall | training s |", "|---|---|---|---|---|---|---|"]
+        lines += [row for *_, row in sorted(samples)] + [""]
+    if labels:
+        lines += ["| method | arm | accuracy | nll | training s |", "|---|---|---|---|---|"]
+        lines += [row for *_, row in sorted(labels)] + [""]
+    return "\n".join(lines).rstrip()
+
+
 def link(paper: str) -> str:
     """arXiv ids as links."""
     return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
 
 
 BEGIN, END = "<!-- table: made by run_all.sh -->", "<!-- end of table -->"
+BEGIN_CIFAR, END_CIFAR = "<!-- leaderboard: made by run_all.sh --data cifar10 -->", "<!-- end of leaderboard -->"
 
 
-def readme_with(text: str, rows: str) -> str:
+def readme_with(text: str, rows: str, begin: str = BEGIN, end: str = END) -> str:
     """README's text with these rows between the two markers."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{rows}\n{END}{rest.split(END)[1]}"
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{rows}\n{end}{rest.split(end)[1]}"
+
+
+def write_leaderboard(folder: Path) -> None:
+    """FOLDER/README.md from the results files in it; that of CIFAR-10 into README.md too."""
+    rows = leaderboard(read_results(folder))
+    (folder / "README.md").write_text(f"# {folder.name}\n\n{rows}\n")
+    path = ROOT / "README.md"
+    if folder.resolve() == ROOT / "results" / "cifar10":
+        path.write_text(readme_with(path.read_text(), rows.replace("../../methods", "methods"), BEGIN_CIFAR, END_CIFAR))
 
 
 def refresh(name: str) -> None:
@@ -245,7 +290,7 @@ def problems(name: str, folder: Path, seeds: int = 1, config: dict | None = None
         result = json.loads(path.read_text())
     except ValueError:
         return "results are not JSON"
-    if result["hash"] != fingerprint(ROOT / "methods" / f"{name}.py"):
+    if result["hash"] != fingerprint(ROOT / "methods" / f"{name}.py", result["data"]):
         return "results are stale: the script, its data or common.LEDGER changed since"
     if result["seeds"][:seeds] != list(range(seeds)):
         return f"results hold seeds {result['seeds']}, asked for 0..{seeds - 1}"
@@ -264,9 +309,17 @@ def positive(word: str) -> int:
     return int(word)
 
 
+def has_settings(name: str, data: str | None) -> bool:
+    """Whether a script has settings of its own for a data set: asked for on 32x32 images only, where they are needed."""
+    import common
+    if not data or "cifar" not in common.data_kinds(data):
+        return True
+    return '"cifar": dict(' in (ROOT / "methods" / f"{name}.py").read_text()
+
+
 def run(args) -> int:
     """Run the scripts whose results are not up to date; returns the exit code."""
-    names = args.names or methods()
+    names = args.names or [n for n in methods() if has_settings(n, args.data)]
     unknown = [n for n in names if n not in methods()]
     if unknown:
         print(f"error: no method {', '.join(unknown)} (possible: {', '.join(methods())})", file=sys.stderr)
@@ -297,6 +350,8 @@ def run(args) -> int:
         failed = [name for name, code in zip(todo, pool.map(one, todo)) if code]
     if folder.resolve() == home.resolve():
         write_table()
+    elif args.data and read_results(folder):
+        write_leaderboard(folder)
     if failed:
         print(f"FAILED: {', '.join(failed)}", file=sys.stderr)
         return 1

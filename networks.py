@@ -3,11 +3,13 @@
 A time-conditioned network is called as net(x, t, y=None, s=None): t (B,), labels y (B,) int64 or None (the value
 `classes` means no class), s (B,) a second time for networks built with times=2.
 """
+import contextlib
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class TimeFeatures(nn.Module):
@@ -87,7 +89,11 @@ class Block(nn.Module):
             B, C, H, W = x.shape
             heads = max(1, C // 64)
             q, k, v = self.qkv(self.norm3(x)).view(B, 3, heads, C // heads, H * W).transpose(3, 4).unbind(1)
-            x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(B, C, H, W))
+            # in forward mode (jvp) the plain arithmetic: the fused kernels of GPUs have no such derivative
+            plain = torch.autograd.forward_ad._current_level >= 0
+            with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
+                h = F.scaled_dot_product_attention(q, k, v)
+            x = x + self.out(h.transpose(2, 3).reshape(B, C, H, W))
         return x
 
 
@@ -138,6 +144,9 @@ class UNet(nn.Module):
         return F.silu(self.last(x))
 
     def forward(self, x, t, y=None, s=None):
+        if len(x) > 1000 and x.shape[2] >= 32 and not torch.is_grad_enabled():      # samples for the metrics: in parts
+            parts = zip(*(z.split(1000) if torch.is_tensor(z) else [None] * len(x.split(1000)) for z in (x, t, y, s)))
+            return torch.cat([self.head(self.hidden(*part)) for part in parts])
         return self.head(self.hidden(x, t, y, s))
 
 

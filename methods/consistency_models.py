@@ -44,6 +44,8 @@ import common
 class Config(common.Config):
     PRESETS: ClassVar[dict] = {
         "images": dict(width=32, depth=1, batch=64, teacher_steps=1000, steps=300, lr=3e-4, lr_ct=1e-3, lr_pd=3e-4),
+        "cifar": dict(width=96, depth=2, batch=128, teacher_steps=50_000, steps=20_000, eval_samples=10_000, lr=4e-4,
+                      lr_ct=4e-4, lr_pd=1e-4, ema=0.999, mu=0.0, s1=150, mu0=0.9, sigma_mid=0.821),
         "smoke": dict(pd_halvings=2)}
 
     steps: Annotated[int, "updates of every student (paper: 800,000 on CIFAR-10)"] = 2500
@@ -180,7 +182,10 @@ def train_consistency(cfg, name, data, teacher=None):
     student = copy.deepcopy(start).requires_grad_(True).train()
     target, average = common.frozen(student), common.frozen(student)
     optimizer = torch.optim.RAdam(student.parameters(), cfg.lr if distil else cfg.lr_ct)
-    progress = common.loop(cfg, name, student=student, target=target, average=average, optimizer=optimizer)
+    progress = common.loop(cfg, name, student=student, target=target, average=average, optimizer=optimizer,
+                           preview=lambda: multistep_sample(
+                               consistency_model(cfg, data, average, data.labels(64)),
+                               torch.randn(64, *data.shape, device=cfg.dev), [cfg.sigma_max], cfg.sigma_min))
     for step in progress:
         n, mu = (cfg.scales, cfg.mu) if distil else ct_schedule(step, cfg.steps, cfg.s0, cfg.s1, cfg.mu0)
         x, y = data.sample(cfg.batch)

@@ -21,6 +21,7 @@ learning rate is large and falls as a cosine, and Adam has no momentum.
 
     python methods/dmd.py                       # 35 s of CPU time
     python methods/dmd.py --data shapes         # images, class-conditional; 3 to 4 minutes of CPU time
+    python methods/dmd.py --data cifar10 --amp  # one GPU, see README for time and memory
     python methods/dmd.py --data my.npz         # own points or images
 """
 import copy
@@ -40,7 +41,9 @@ import common
 @dataclass
 class Config(common.Config):
     PRESETS: ClassVar[dict] = {"images": dict(width=16, depth=1, batch=64, teacher_steps=300, steps=300, pairs=500,
-                                              lr=3e-4, warmup=30, eval_samples=1000)}
+                                              lr=3e-4, warmup=30, eval_samples=1000),
+                               "cifar": dict(width=96, depth=2, batch=128, teacher_steps=50_000, steps=20_000,
+                                             pairs=50_000, lr=5e-5, warmup=500, eval_samples=10_000)}
 
     data: Annotated[str, common.DATA_HELP] = "unequal_ring"
     steps: Annotated[int, "generator updates of every arm"] = 1500
@@ -113,7 +116,9 @@ def train(cfg, name, data, teacher, pairs, matching=True, regression=True):
     sigmas = common.karras_sigmas(1000, cfg.sigma_min, cfg.sigma_max).to(cfg.dev)
     z_pairs, y_pairs, x_pairs = pairs
     progress = common.loop(cfg, name, generator=generator, fake=fake, opt_generator=opt_generator, opt_fake=opt_fake,
-                           schedule_generator=schedule_generator, schedule_fake=schedule_fake)
+                           schedule_generator=schedule_generator, schedule_fake=schedule_fake,
+                           preview=lambda: generate(generator, torch.randn(64, *data.shape, device=cfg.dev),
+                                                    data.labels(64), cfg.sigma_max))
     for _ in progress:
         losses = {}
         if matching:

@@ -48,6 +48,8 @@ class Config(common.Config):
     PRESETS: ClassVar[dict] = {
         "images": dict(width=32, depth=1, batch=64, teacher_steps=1000, teacher_lr=1e-3, steps=300, lr=1e-3,
                        eval_samples=2000),
+        "cifar": dict(width=96, depth=2, batch=128, teacher_steps=50_000, steps=20_000, eval_samples=10_000,
+                      teacher_lr=3e-4, lr=3e-4, ema=0.999, learned_weight=True),
         "smoke": dict(learned_weight=True)}
 
     data: Annotated[str, common.DATA_HELP] = "checkerboard"
@@ -184,7 +186,8 @@ def train(cfg, name, data, start, method=None, teacher=None, steps=None, lr=None
     parts = {"off-diagonal": slice(n, cfg.batch), "diagonal": slice(n)}
     parts = {term: part for term, part in parts.items() if part.stop > (part.start or 0)}
     progress = common.loop(cfg, name, steps, net=net, average=average, weight=weight, optimizer=optimizer,
-                           schedule=schedule, norms=norms)
+                           schedule=schedule, norms=norms, preview=lambda: jump(
+                               slope(average, data.labels(64)), torch.randn(64, *data.shape, device=cfg.dev), 1))
     for step in progress:
         x, y = data.sample(cfg.batch)
         noise, (s, t) = torch.randn_like(x), torch.rand(2, cfg.batch, device=cfg.dev)

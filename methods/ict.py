@@ -45,6 +45,8 @@ import common
 class Config(common.Config):
     PRESETS: ClassVar[dict] = {
         "images": dict(width=32, depth=1, batch=64, steps=300, lr=1e-3, lr_ct=1e-3, p_mean=-1.1, sigma_mid=0.821),
+        "cifar": dict(width=96, depth=2, batch=128, steps=20_000, eval_samples=10_000, lr=1e-4, lr_ct=4e-4, ema=0.999,
+                      s1=1280, s1_ct=150, mu0=0.9),
         "smoke": dict(toy_steps=50)}
 
     target: Annotated[Literal["same", "ema"], "theta- of iCT: theta itself, or its average (CT)"] = "same"
@@ -199,7 +201,9 @@ def train(cfg, name, data, recipe):
     optimizer = torch.optim.RAdam(network.parameters(), recipe.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.steps)
     progress = common.loop(cfg, name, network=network, average=average, lagging=lagging, optimizer=optimizer,
-                           schedule=schedule)
+                           schedule=schedule, preview=lambda: multistep_sample(
+                               consistency_model(cfg, data, average, data.labels(64)),
+                               torch.randn(64, *data.shape, device=cfg.dev), [cfg.sigma_max], cfg.sigma_min))
     n = 0
     for step in progress:
         before, n = n, (doubling_levels(step, cfg.steps, cfg.s0, cfg.s1) if recipe.curriculum == "doubling" else

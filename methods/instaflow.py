@@ -42,6 +42,8 @@ class Config(common.Config):
     PRESETS: ClassVar[dict] = {
         "images": dict(width=16, depth=1, batch=64, teacher_steps=300, steps=400, pairs=1500, nfe_teacher=25, lr=5e-4,
                        guidance=2.0, guidance2=1.5, eval_samples=1000),
+        "cifar": dict(width=96, depth=2, batch=128, teacher_steps=50_000, steps=20_000, eval_samples=10_000,
+                      pairs=50_000, nfe_teacher=25, lr=2e-4, guidance=1.0, guidance2=1.0),
         "smoke": dict(nfe_teacher=3)}
 
     data: Annotated[str, common.DATA_HELP] = "eight_gaussians"
@@ -152,7 +154,8 @@ def reflow(cfg, name, data, start, pairs, steps, rematch=False):
     """v_2 from v_1 = start on v_1's pairs. rematch: the control, the same images with noise that is not theirs."""
     net = copy.deepcopy(start).train().requires_grad_(True)
     optimizer, schedule = optimiser(cfg, net, steps)
-    progress = common.loop(cfg, name, steps, net=net, optimizer=optimizer, schedule=schedule)
+    progress = common.loop(cfg, name, steps, net=net, optimizer=optimizer, schedule=schedule, preview=lambda: one_step(
+        net, *(None if part is None else part[:64] for part in (pairs[0], pairs[2]))))
     for _ in progress:
         noise, image, y = pick(cfg, pairs)
         t = torch.rand(cfg.batch, device=cfg.dev)
@@ -172,7 +175,8 @@ def distil(cfg, name, start, pairs, steps):
     """One-step student of the flow that made the pairs, from its weights. The label is never dropped."""
     net = copy.deepcopy(start).train().requires_grad_(True)
     optimizer, schedule = optimiser(cfg, net, steps)
-    progress = common.loop(cfg, name, steps, net=net, optimizer=optimizer, schedule=schedule)
+    progress = common.loop(cfg, name, steps, net=net, optimizer=optimizer, schedule=schedule, preview=lambda: one_step(
+        net, *(None if part is None else part[:64] for part in (pairs[0], pairs[2]))))
     for _ in progress:
         noise, image, y = pick(cfg, pairs)
         with cfg.autocast():

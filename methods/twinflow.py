@@ -49,8 +49,9 @@ class Config(common.Config):
                        teacher_lr=1e-3, lr=5e-4),
         "glyphs": dict(network="mlp", width=256, depth=3, batch=128, teacher_batch=256, teacher_steps=1500, steps=300,
                        teacher_lr=2e-3, lr=1.5e-3),
-        "cifar": dict(width=64, depth=2, batch=128, teacher_steps=50_000, steps=50_000, teacher_lr=2e-4, lr=2e-4,
-                      lr_base=2e-4, lr_velocity=2e-4, lr_endpoint=2e-4, lr_no_adv=2e-4),
+        "cifar": dict(width=96, depth=2, batch=128, teacher_steps=50_000, steps=20_000, eval_samples=10_000,
+                      conditional=True, teacher_lr=3e-4, lr=2e-4, lr_base=2e-4, lr_velocity=2e-4, lr_endpoint=2e-4,
+                      lr_no_adv=2e-4),
         "smoke": dict(teacher_batch=16, nfe=3)}
 
     data: Annotated[str, common.DATA_HELP] = "glyphs"
@@ -189,7 +190,8 @@ def train(cfg, arm, data, start, lr, velocity=True, adv=True, rectify=True, endp
     optimizer = torch.optim.Adam(net.parameters(), lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.steps)
     state = dict(net=net, average=average, decay=decay, optimizer=optimizer, schedule=schedule)
-    progress = common.loop(cfg, arm, **state)
+    progress = common.loop(cfg, arm, **state, preview=lambda: generate(
+        net, torch.randn(64, *data.shape, device=cfg.dev), data.labels(64)))
     for _ in progress:
         x, y = data.sample(cfg.batch)
         z, t = torch.randn_like(x), torch.rand(len(x), device=cfg.dev)

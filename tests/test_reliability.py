@@ -165,7 +165,7 @@ def test_several_seeds_are_the_single_runs(tmp_path):
 def test_run_all_skips_goes_on_after_a_failure_and_reports_it(tmp_path, monkeypatch, capsys):
     """In a copy of the project with two scripts, one of which fails."""
     import shutil
-    for part in ("common.py", "networks.py", "pictures.py", "ledger.py", "run_all.sh"):
+    for part in [*(p.name for p in ROOT.glob("*.py")), "run_all.sh"]:
         shutil.copy(ROOT / part, tmp_path / part)
     shutil.copytree(ROOT / "toy_data", tmp_path / "toy_data")
     (tmp_path / "methods").mkdir()

@@ -194,17 +194,34 @@ def cell(text: str) -> str:
 
 
 def table(results: dict[str, dict]) -> str:
-    """README's table, from results files alone."""
-    lines = ["| family | method | paper | what is distilled | claim | measured | verdict | s | command |",
+    """README's table, from results files alone: a row a method with its first claim and the count of all verdicts."""
+    lines = ["| family | method | paper | what is distilled | central claim | measured | verdict | all claims | s |",
              "|---|---|---|---|---|---|---|---|---|"]
-    for name, r in sorted(results.items(), key=lambda item: (item[1]["family"], item[0])):
-        claims = r["claims"]
-        join = "<br>".join
+    for name, r in by_family(results):
+        first, verdicts = r["claims"][0], [c["verdict"] for c in r["claims"]]
+        counts = [f"{verdicts.count(v)} {v.lower()}" for v in ("REPRODUCED", "UNDECIDED", "CONTRADICTED") if v in verdicts]
         lines.append("| " + " | ".join([
             cell(r["family"]), f"[{cell(r['method'])}](methods/{name}.py)", link(cell(r["paper"])), cell(r["distils"]),
-            join(cell(c["text"]) for c in claims), join(f"{cell(sentence(c))} = {measured(c)}" for c in claims),
-            join(c["verdict"] for c in claims), f"{r['seconds']:.0f}", f"`python methods/{name}.py`"]) + " |")
+            cell(first["text"]), f"{cell(sentence(first))} = {measured(first)}", first["verdict"],
+            f"[{', '.join(counts)}](results/README.md#{name})", f"{r['seconds']:.0f}"]) + " |")
     return "\n".join(lines)
+
+
+def details(results: dict[str, dict]) -> str:
+    """results/README.md: all claims of every method with what was measured, and its notes."""
+    lines = ["# All claims", "", "Made by `run_all.sh` from the files in this folder, which hold every value of every seed.", ""]
+    for name, r in by_family(results):
+        lines += [f'<a id="{name}"></a>', f"## {r['method']}", "",
+                  f"{r['title']}. {link(r['paper'])}. [methods/{name}.py](../methods/{name}.py), on `{r['data']}`.", "",
+                  "| claim | measured | verdict |", "|---|---|---|"]
+        lines += [f"| {cell(c['text'])} | {cell(sentence(c))} = {measured(c)} | {c['verdict']} |" for c in r["claims"]]
+        lines += ["", *([r["notes"].strip(), ""] if r["notes"] else [])]
+    return "\n".join(lines)
+
+
+def by_family(results: dict[str, dict]) -> list[tuple[str, dict]]:
+    """(name, results) sorted by family and name."""
+    return sorted(results.items(), key=lambda item: (item[1]["family"], item[0]))
 
 
 def leaderboard(results: dict[str, dict]) -> str:
@@ -274,11 +291,13 @@ def refresh(name: str) -> None:
 
 
 def write_table() -> None:
-    """Rebuild README's table from results/*.json, after their words have been brought up to date."""
+    """Rebuild README's table and results/README.md from results/*.json, after their words were brought up to date."""
     for name in methods():
         refresh(name)
     path = ROOT / "README.md"
-    path.write_text(readme_with(path.read_text(), table(read_results(ROOT / "results"))))
+    results = read_results(ROOT / "results")
+    path.write_text(readme_with(path.read_text(), table(results)))
+    (ROOT / "results" / "README.md").write_text(details(results))
 
 
 def problems(name: str, folder: Path, seeds: int = 1, config: dict | None = None) -> str:

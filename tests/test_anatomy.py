@@ -110,7 +110,9 @@ def test_smoke_run(name, tmp_path):
 
 
 def test_readme_table_is_made_from_the_results():
-    assert README == ledger.readme_with(README, ledger.table(ledger.read_results(ROOT / "results")))
+    results = ledger.read_results(ROOT / "results")
+    assert README == ledger.readme_with(README, ledger.table(results))
+    assert (ROOT / "results" / "README.md").read_text() == ledger.details(results)
 
 
 def test_every_script_has_results_and_a_row_and_the_converse():

@@ -76,10 +76,14 @@ def test_docstrings_in_the_wrong_form_are_refused():
 
 def test_table_rows_come_from_results_alone():
     claim = judge([0.5, 0.52], [1.0, 1.02], margin=0.8, says="a | b")
-    result = dict(family="f", method="M", paper="A, arXiv:2001.00001", distils="x", claims=[claim], seconds=3.2)
+    other = claim | dict(text="second", verdict="CONTRADICTED")
+    result = dict(family="f", method="M", title="T", paper="A, arXiv:2001.00001", distils="x", claims=[claim, other],
+                  seconds=3.2, data="d", notes="tried this")
     row = ledger.table({"m": result}).splitlines()[-1]
-    assert row.count("|") == 11 and "a \\| b" in row and "REPRODUCED" in row and "`python methods/m.py`" in row
-    assert "https://arxiv.org/abs/2001.00001" in row
+    assert row.count("|") == 11 and "a \\| b" in row and "| REPRODUCED |" in row and "](methods/m.py)" in row
+    assert "[1 reproduced, 1 contradicted](results/README.md#m)" in row and "https://arxiv.org/abs/2001.00001" in row
+    page = ledger.details({"m": result})
+    assert '<a id="m"></a>' in page and "second" in page and "CONTRADICTED" in page and "tried this" in page
     text = ledger.readme_with(f"x{ledger.BEGIN}\nold\n{ledger.END}y", row)
     assert text.startswith("x") and text.endswith("y") and "old" not in text
 

@@ -20,7 +20,9 @@ def test_commands_name_files_and_options_that_exist():
     for path in re.findall(r"(?:python |\./)((?:methods/|tests/)?\w+\.(?:py|sh))", README):
         assert (ROOT / path).exists(), path
     for path in re.findall(r"\]\(((?!http|#)[^)]+)\)", README):
+        path, _, anchor = path.partition("#")
         assert (ROOT / path).exists(), path
+        assert not anchor or f'<a id="{anchor}"></a>' in (ROOT / path).read_text(), anchor
     shown = subprocess.run([sys.executable, "methods/dmd.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     for option in set(re.findall(r"methods/dmd\.py.*?(--[a-z-]+)", README)) - {"--help"}:
         assert option in shown.stdout

@@ -138,7 +138,8 @@ def test_the_draft_of_itself_needs_the_fewest_calls(networks):
 def test_nothing_counts_behind_the_end():
     def model(tokens):      # 0 1 2 3 3 3 ...
         return 50.0 * torch.eye(V)[(tokens + 1).clamp_max(EOS)]
-    out, calls, tested, accepted = spec.speculative_decode(model, model, torch.zeros(1, 1, dtype=torch.long), 8, EOS, 5)
+    prompts = torch.zeros(1, 1, dtype=torch.long)
+    out, calls, tested, accepted = spec.speculative_decode(model, model, prompts, 8, EOS, 5)
     assert out.tolist() == [[1, 2] + [EOS] * 6]
     assert (calls.item(), tested.item(), accepted.item()) == (1, 3, 3)
 

@@ -16,11 +16,9 @@ that latent space row by row, with the teacher frozen:
 Synthetic rows come from the student's latents of the training rows through the teacher's decoder, with s drawn anew,
 independently of z. A classifier trained on them is tested on real rows: parity gap |P(1|s=0) - P(1|s=1)| and accuracy.
 
-Reconstructed, since the paper's code is not public: the exact arguments of L_Q and L_U. Here L_Q compares samples
-drawn with the same noise, so that it also teaches the variances, and L_U is the KL of the two Gaussians. In every arm
-labels are decoded from z alone, the other columns from (z, s): decoded from s too, labels would follow the drawn s, as
-the proxies do. The paper's tables are Adult and COMPAS; of this made-up one the unbiased labels are known
-(acc_deserved).
+L_Q and L_U are reconstructed, the paper's code not being public. Here L_Q compares samples drawn with equal noise, to
+teach the variances too. Labels are decoded from z alone, other columns from (z, s), or else labels would follow the
+drawn s. The paper's tables are Adult and COMPAS; of this made-up one the unbiased labels are known (acc_deserved).
 
     python methods/fair_distillation.py                         # 30 s of CPU time
     python methods/fair_distillation.py --data my_table.npz     # x (N, D), protected (N,) 0/1, labels (N,) 0/1
@@ -47,11 +45,10 @@ DATA = ("tabular, or a .npz file with x (N, D) numbers, protected (N,) 0/1, labe
 @dataclass
 class Config(common.Config):
     PRESETS: ClassVar[dict] = {"smoke": dict(rows=300, test_rows=300, judge_steps=3)}
-
     data: Annotated[str, DATA] = "tabular"
     rows: Annotated[int, "rows of the training table, where it is made up", common.between(100)] = 6000
     test_rows: Annotated[int, "real rows for the test, where the table is made up", common.between(100)] = 20000
-    steps: Annotated[int, "optimiser steps of every student"] = 100
+    steps: Annotated[int, "optimiser steps of every student"] = 60
     batch: Annotated[int, "rows a step, of teacher and students", common.between(2)] = 128
     lr: Annotated[float, "peak learning rate of the distilled students, falls as a cosine"] = 1e-2
     scratch_lr: Annotated[float, "that of the small VAEs without distillation"] = 1e-2
@@ -63,6 +60,7 @@ class Config(common.Config):
     teacher_steps: Annotated[int, "optimiser steps of each teacher"] = 600
     beta: Annotated[float, "weight of V^2 (FairX: 1e7 at 8 dimensions; V^2 shrinks with the dimension)"] = 3e4
     betas: Annotated[tuple[float, ...], "further beta, for the curve of the trade-off", common.between(0)] = (1000.0,)
+    tables: Annotated[int, "synthetic tables of each arm, over which the metrics are averaged"] = 4
     judge_steps: Annotated[int, "steps of the classifiers trained on each table and of the probes for s"] = 300
 
 
@@ -70,11 +68,9 @@ class Config(common.Config):
 
 def squared_distance(mean, logvar, s, groups=2):
     """V^2, the penalty of the fair teacher: sum_k (n_k/n)^2 int (p(z|s=k) - p(z))^2 dz of the batch, a scalar >= 0.
-
     mean, logvar (B, D) of the Gaussians q(z|row), with gradient; s (B,) int64 in 0..groups-1. The integral of the
     product of two Gaussians is N(mean_i - mean_j; 0, var_i + var_j). A group that is absent or fills the batch adds 0.
-    FairX (calculate_dis) multiplies densities and adds 1e-10 to the denominator; here logarithms are summed.
-    """
+    FairX (calculate_dis) multiplies densities and adds 1e-10 to the denominator; here logarithms are summed."""
     var = logvar.exp()
     total = var[:, None] + var
     density = torch.exp(-0.5 * ((mean[:, None] - mean).square() / total + total.log() + math.log(2 * math.pi)).sum(-1))
@@ -112,8 +108,6 @@ def draw(mean, logvar, noise):
     """z = mean + sigma noise."""
     return mean + (0.5 * logvar).exp() * noise
 
-
-# ------------------------------------------------------------------------------------------- table and networks
 
 def load_tables(cfg):
     """Training and test Table, the Coder and a key for the teachers' cache."""
@@ -158,8 +152,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """p(x|z,s) and p(y|z): latents to the code (B, columns) and the logit of the label (B,). spread (numbers,): the
-    standard deviation of what the numbers' means leave over, measured after training."""
+    """p(x|z,s) and p(y|z): code (B, columns), logit of the label (B,). spread: deviation of the numbers' errors."""
 
     def __init__(self, columns, numbers, z_dim, width, depth):
         super().__init__()
@@ -169,8 +162,6 @@ class Decoder(nn.Module):
     def forward(self, z, s):
         return self.net(torch.cat([z, F.one_hot(s, 2)], 1)).float(), self.label(z)[:, 0].float()
 
-
-# ------------------------------------------------------------------------------------------- training
 
 def train_vae(cfg, name, table, coder, encoder, decoder, beta, steps, lr):
     """The fair VAE, or the plain one with beta = 0. A frozen decoder stays as it is."""
@@ -216,7 +207,6 @@ def train_student(cfg, name, table, teacher, student, quality, utility):
         common.update(optimizer, sum(losses.values()), clip=10)
         schedule.step()
         progress.losses(**losses)
-    return student
 
 
 # ------------------------------------------------------------------------------------------- the experiment
@@ -245,12 +235,15 @@ def run(cfg, log):
         with common.seeded(cfg.seed + 2):
             return tabular.scores(*tables, cfg.judge_steps)
 
-    def record(arm, table, encoder=None, shown=True):
-        score = judge(table.code, table.labels, test.code)
-        found[arm] = tabular.fairness((score > 0).long(), test.protected, test.labels)
-        if test.deserved is not None:
-            found[arm]["acc_deserved"] = ((score > 0) == test.deserved).float().mean().item()
-        found[arm]["sw2"] = common.sliced_wasserstein(table.code, test.code)
+    def record(arm, tables, encoder=None, shown=True):      # the mean over several tables, each with its classifier
+        each = []
+        for table in tables:
+            said = (judge(table.code, table.labels, test.code) > 0).long()
+            each.append(tabular.fairness(said, test.protected, test.labels))
+            if test.deserved is not None:
+                each[-1]["acc_deserved"] = (said == test.deserved).float().mean().item()
+        found[arm] = {k: sum(e[k] for e in each) / len(each) for k in each[0]}
+        found[arm]["sw2"] = common.sliced_wasserstein(tables[0].code[:cfg.rows], test.code[:cfg.rows])
         if encoder is not None and shown:
             z, z_test = (draw(*encoder(*t[:3]), torch.randn(len(t.code), cfg.z_dim, device=cfg.dev)).detach()
                          for t in (train, test))
@@ -259,23 +252,27 @@ def run(cfg, log):
         if shown:
             log(arm, **found[arm])
 
+    def evaluate(arm, encoder, decoder, shown=True):
+        record(arm, [synthesise(encoder, decoder, train, coder) for _ in range(cfg.tables)], encoder, shown)
+
     def teacher_of(arm, beta, shown=True):
         vae = networks(False, False)
         common.trained(cfg, "fair-vae", vae, lambda: train_vae(
             cfg, arm, train, coder, *vae, beta, cfg.teacher_steps, cfg.teacher_lr),
             data=key, beta=beta, steps=cfg.teacher_steps, batch=cfg.batch, lr=cfg.teacher_lr)
-        record(arm, synthesise(*vae, train, coder), vae[0], shown)
+        evaluate(arm, *vae, shown)
         return vae
 
     def scratch(arm, encoder, decoder):
         train_vae(cfg, arm, train, coder, encoder, decoder, cfg.beta, cfg.steps, cfg.scratch_lr)
-        record(arm, synthesise(encoder, decoder, train, coder), encoder)
+        evaluate(arm, encoder, decoder)
 
     def distil(arm, teacher, quality=1, utility=1, shown=True):
-        student = train_student(cfg, arm, train, teacher[0], networks(True, False)[0], quality, utility)
-        record(arm, synthesise(student, teacher[1], train, coder), student, shown)
+        student = networks(True, False)[0]
+        train_student(cfg, arm, train, teacher[0], student, quality, utility)
+        evaluate(arm, student, teacher[1], shown)
 
-    record("real table (floor)", train)
+    record("real table (floor)", [train])
     plain, teacher = teacher_of("plain vae", 0.0), teacher_of("teacher", cfg.beta)
     distil("distilled plain vae", plain)
     scratch("small fair vae", *networks(True, True))
@@ -312,7 +309,12 @@ CLAIMS = [
                  says="the student's latent tells no more of the protected attribute than the teacher's"),
 ]
 
-NOTES = """"""
+NOTES = """Seeds 0 to 4 were run twice: at 100 student steps and one synthetic table an arm three claims were
+UNDECIDED, since the parity gap scatters by 0.015 between tables of one student; now metrics are means over four
+tables and steps are 60 (checked on seeds 110, 111), margins as before. Teachers came from the cache, so times are not
+a cold start's. The gain over the small VAE is speed: after 300 steps it is nearly as good (seeds 100, 101). The
+teacher's decoder carries most: a small encoder trained through it by the fair loss equals the distilled one at two to
+three times its time. odds_gap rises since labels are biased."""
 
 if __name__ == "__main__":
     common.main(run, Config, CLAIMS)

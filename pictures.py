@@ -104,7 +104,8 @@ def _curves(curves: dict, x: str = "", y: str = "", logy: bool = False, logx: bo
     """{name: (xs, ys)} as lines with a legend and labelled axes."""
     image = Image.new("RGB", (SIZE, SIZE), (248, 248, 248))
     pen, small = ImageDraw.Draw(image), font(11)
-    left, right, top, bottom = 46, SIZE - 10, 8 + 14 * len(curves), SIZE - 34
+    columns = 2 if len(curves) > 3 and max(pen.textlength(name, font=small) for name in curves) < SIZE / 2 - 24 else 1
+    left, right, top, bottom = 46, SIZE - 10, 26 + 14 * -(-len(curves) // columns), SIZE - 34
     lines = {k: (_array(a).ravel(), _array(b).ravel()) for k, (a, b) in curves.items()}
     lines = {k: (np.log10(a) if logx else a, np.log10(np.maximum(b, 1e-12)) if logy else b) for k, (a, b) in lines.items()}
     xs, ys = (np.concatenate([[0.0] * (not lines), *(line[i][np.isfinite(line[i])] for line in lines.values())])
@@ -120,7 +121,7 @@ def _curves(curves: dict, x: str = "", y: str = "", logy: bool = False, logx: bo
         pen.text((left + f * (right - left), bottom + 3), f"{10**value if logx else value:.3g}", fill="black", font=small,
                  anchor="lt" if f == 0 else "rt" if f == 1 else "mt")
     pen.text(((left + right) / 2, SIZE - 4), x, fill="black", font=small, anchor="mb")
-    pen.text((2, top - 2), y, fill="black", font=small, anchor="lb")
+    pen.text((4, 3), y, fill="black", font=small)
     for i, (name, (a, b)) in enumerate(lines.items()):
         colour = PALETTE[i % len(PALETTE)]
         place = [(left + (u - x0) / (x1 - x0) * (right - left), bottom - (v - y0) / (y1 - y0) * (bottom - top))
@@ -130,5 +131,5 @@ def _curves(curves: dict, x: str = "", y: str = "", logy: bool = False, logx: bo
         if len(place) <= 30:
             for u, v in place:
                 pen.ellipse((u - 3, v - 3, u + 3, v + 3), fill=colour)
-        pen.text((left + 60, 4 + 14 * i), name, fill=colour, font=small)
+        pen.text((20 + i % columns * SIZE / 2, 18 + 14 * (i // columns)), name, fill=colour, font=small)
     return image

@@ -312,8 +312,8 @@ CLAIMS = [
 NOTES = """Parity with the teacher (1.3 times its fd) was the first aim. On tuning seed 100 the best of 8 settings reached
 twice (1,200 updates, 18 levels; with 50 levels and 800 updates 4 times), so the claim says three. Claims were fixed
 there, with 1,500 teacher updates; for time, seeds 0-4 were run, once, with 700 and 1,000, numbers not tried before.
-The regression's learning rate was not tuned. Four calls give sharper clips than one, but a worse fd. Seconds were
-measured on a crowded machine."""
+The regression was not tuned; at 3e-3 its fd was 0.87 on seed 100. There noise of mean 0 (--shift 0) did about as well
+(fd 0.33 in one call), as the authors say of their code. Four calls give sharper clips than one, but a worse fd."""
 
 if __name__ == "__main__":
     common.main(run, Config, CLAIMS)

@@ -185,10 +185,10 @@ class Residual(nn.Module):
 
 
 class GCN(nn.Module):
-    """Graph convolutions: net(x (N, F), adjacency) -> logits (N, out); each layer is adjacency @ x @ W + b, with ReLU and
-    dropout between layers. adjacency: an (N, N) matrix, usually sparse, with self-loops: D^-1/2 (A + I) D^-1/2 makes it
-    the GCN of Kipf and Welling, D^-1 (A + I) the GraphSAGE with its "gcn" aggregator. Without one, net(x) is an MLP of the
-    same shape. hidden() gives (N, width) before `head`.
+    """Graph convolutions: net(x (N, F), adjacency) -> logits (N, out); each layer is adjacency @ x @ W + b, with
+    ReLU and dropout between layers. adjacency: an (N, N) matrix, usually sparse, with self-loops:
+    D^-1/2 (A + I) D^-1/2 makes it the GCN of Kipf and Welling, D^-1 (A + I) the GraphSAGE with its "gcn" aggregator.
+    Without one, net(x) is an MLP of the same shape. hidden() gives (N, width) before `head`.
     """
 
     def __init__(self, dim: int, width: int, out: int, depth: int = 2, dropout: float = 0.0):
@@ -210,7 +210,7 @@ class GCN(nn.Module):
 
 
 def convolve(layer: nn.Linear, x: torch.Tensor, adjacency: torch.Tensor | None = None) -> torch.Tensor:
-    """adjacency @ (x @ W) + b; the layer itself without adjacency. Sparse products run in float32 also under autocast."""
+    """adjacency @ (x @ W) + b; without adjacency the layer itself. Its product is in float32 also under autocast."""
     if adjacency is None:
         return layer(x)
     h = F.linear(x, layer.weight)

@@ -19,8 +19,8 @@ import torch
 
 import common
 
-FORMAT = ("x_data, x_indices, x_indptr, x_shape (features of the nodes in CSR form), edges (2, E), labels (N,) with -1 "
-          "where unknown, train_idx, val_idx, test_idx")
+FORMAT = ("x_data, x_indices, x_indptr, x_shape (features of the nodes in CSR form), edges (2, E), labels (N,) with "
+          "-1 where unknown, train_idx, val_idx, test_idx")
 DATA_HELP = ("'graph', a toy block model, or a graph in a .npz file, named by its path or by its name in the folder "
              f"$DISTILL_DATA, with the arrays {FORMAT}")
 
@@ -53,8 +53,8 @@ class Graph:
 # ---------------------------------------------------------------------------------------------- block models
 
 def block_edges(y: torch.Tensor, degree: float, homophily: float) -> torch.Tensor:
-    """Random edges among nodes of equally likely classes y (N,): about N degree / 2 of them, a share `homophily` of which
-    joins nodes of one class. Repeated edges and self-loops are dropped, so sparse graphs keep almost all."""
+    """Random edges among nodes of equally likely classes y (N,): about N degree / 2 of them, a share `homophily` of
+    which joins nodes of one class. Repeated edges and self-loops are dropped, so sparse graphs keep almost all."""
     n, classes = len(y), int(y.max()) + 1
     count = round(n * degree / 2)
     members = [(y == c).nonzero().flatten() for c in range(classes)]
@@ -83,20 +83,20 @@ def words_of(y: torch.Tensor, words: int, class_words: int, base: float, rate: f
 
 
 def noisy(x: torch.Tensor, share: float) -> torch.Tensor:
-    """(1 - share) x + share * Gaussian noise of the mean and standard deviation that x has: feature noise in [0, 1]."""
+    """(1 - share) x + share * Gaussian noise with the mean and standard deviation of x; share in [0, 1]."""
     return (1 - share) * x + share * (x.mean() + x.std() * torch.randn(x.shape).to(x.device))
 
 
 def split(y: torch.Tensor, train: int, val: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A random split of the labelled nodes: `train` and `val` nodes of each class, and the rest to test. common.UserError
-    if a class has fewer than train + val nodes or nothing is left to test."""
+    """A random split of the labelled nodes: `train` and `val` nodes of each class, and the rest to test.
+    common.UserError if a class has fewer than train + val nodes or nothing is left to test."""
     order = torch.randperm(len(y)).to(y.device)
     rank = torch.full_like(y, train + val)
     for c in range(int(y.max()) + 1):
         members = order[y[order] == c]
         if len(members) < train + val:
-            raise common.UserError(f"class {c} has {len(members)} labelled nodes; {train} to train and {val} to validate "
-                                   "are asked for")
+            raise common.UserError(f"class {c} has {len(members)} labelled nodes; {train} to train and {val} to "
+                                   "validate are asked for")
         rank[members] = torch.arange(len(members), device=y.device)
     known = y >= 0
     parts = known & (rank < train), known & (rank >= train) & (rank < train + val), known & (rank >= train + val)
@@ -109,7 +109,7 @@ def block_model(nodes: int = 1500, classes: int = 5, degree: float = 5.0, homoph
                 class_words: int = 30, base: float = 0.03, rate: float = 0.13, noise: float = 0.0, train: int = 20,
                 val: int = 30) -> Graph:
     """A stochastic block model with bags of words. degree: mean number of neighbours; homophily: share of the edges
-    within a class; noise: see noisy(); train, val: labelled nodes a class; for the rest block_edges() and words_of()."""
+    within a class; noise: see noisy(); train, val: labelled nodes a class; the rest: see words_of()."""
     y = torch.arange(nodes)[torch.randperm(nodes)] % classes
     x = words_of(y, words, class_words, base, rate)
     return Graph(noisy(x, noise) if noise else x, y, block_edges(y, degree, homophily), *split(y, train, val))
@@ -118,8 +118,9 @@ def block_model(nodes: int = 1500, classes: int = 5, degree: float = 5.0, homoph
 # ---------------------------------------------------------------------------------------------- using a graph
 
 def hide(graph: Graph, share: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The inductive setting: a share of the test nodes is not there during training. Returns the edges among the others
-    (2, E'), the numbers of the observed nodes and those of the hidden ones, at least one of each kind of test node."""
+    """The inductive setting: a share of the test nodes is not there during training. Returns the edges among the
+    others (2, E'), the numbers of the observed nodes and those of the hidden ones, at least one of each kind of test
+    node."""
     count = min(max(1, round(share * len(graph.test))), len(graph.test) - 1)
     hidden = graph.test[torch.randperm(len(graph.test)).to(graph.test.device)[:count]].sort()[0]
     observed = torch.ones(len(graph.x), dtype=torch.bool, device=hidden.device)
@@ -143,10 +144,10 @@ def propagation(edges: torch.Tensor, nodes: int, kind: Literal["symmetric", "mea
 
 
 def inference_cost(sizes: list[int], edges: torch.Tensor | None = None, nodes: torch.Tensor | None = None):
-    """What one prediction costs, in counts: dict(neighbours=..., macs=...), the mean over `nodes` predicted one by one.
+    """What one prediction costs, in counts: dict(neighbours=..., macs=...), the mean over `nodes` taken one by one.
 
-    sizes: width of the input, the hidden layers and the output. Without edges an MLP; with edges a GCN of the same sizes,
-    which must fetch the features of all nodes within len(sizes) - 1 hops (neighbours: how many beside the node itself).
+    sizes: width of the input, the hidden layers and the output. Without edges an MLP; with edges a GCN of these sizes,
+    which must fetch the features of all nodes within len(sizes) - 1 hops (neighbours: how many beside the node's own).
     macs: multiply-adds on dense features, each layer computed only where the next one needs it and in the cheaper of
     the two orders, product with the weights or sum over the neighbours first.
     """
@@ -186,16 +187,17 @@ def integers(found: dict, key: str, name: str, low: int, high: int, dims: int = 
         raise common.UserError(f"{name}: '{key}' has type {found[key].dtype}, integers are needed")
     array = array.to(torch.int64)
     if array.min() < low or array.max() >= high:
-        raise common.UserError(f"{name}: '{key}' must lie in {low}..{high - 1}, found {int(array.min())}..{int(array.max())}")
+        raise common.UserError(f"{name}: '{key}' must lie in {low}..{high - 1}, "
+                               f"found {int(array.min())}..{int(array.max())}")
     return array
 
 
 def read(name: str) -> Graph:
-    """The graph of a .npz file in the form FORMAT, found by common.find_data. common.UserError, in one line, for whatever
-    is missing, empty, of a wrong shape or out of range, for an unlabelled node in a split and for splits that overlap."""
+    """The graph of a .npz file in the form FORMAT, found by common.find_data. common.UserError, in one line, for what
+    is missing, empty, misshapen or out of range, for an unlabelled node in a split and for splits that overlap."""
     if common.find_data(name) is None:
-        raise common.UserError(f"--data {name}: no such graph (possible: graph, a name in the folder $DISTILL_DATA, or a "
-                               ".npz file)")
+        raise common.UserError(f"--data {name}: no such graph (possible: graph, a name in the folder $DISTILL_DATA, "
+                               "or a .npz file)")
     found = common.read_npz(name)
     x = features(found, name)
     nodes = len(x)
@@ -213,7 +215,8 @@ def read(name: str) -> Graph:
     for key in ("train_idx", "val_idx", "test_idx"):
         part = integers(found, key, name, 0, nodes)
         if (y[part] < 0).any():
-            raise common.UserError(f"{name}: '{key}' holds node {int(part[y[part] < 0][0])}, whose label is unknown (-1)")
+            raise common.UserError(f"{name}: '{key}' holds node {int(part[y[part] < 0][0])}, "
+                                   "whose label is unknown (-1)")
         if used[part].any() or len(part.unique()) < len(part):
             raise common.UserError(f"{name}: '{key}' holds a node twice or one that is in another split")
         used[part] = True
@@ -229,14 +232,15 @@ def features(found: dict, name: str) -> torch.Tensor:
     if len(shape) != 2:
         raise common.UserError(f"{name}: 'x_shape' must be the two numbers N, F, got {shape}")
     if shape[0] * shape[1] > 2**29:
-        raise common.UserError(f"{name}: {shape[0]} nodes with {shape[1]} features each are too many for dense features")
+        raise common.UserError(f"{name}: {shape[0]} nodes with {shape[1]} features each are too many for "
+                               "dense features")
     value = common.check_array(found, "x_data", (1,), name).float()
     column = integers(found, "x_indices", name, 0, shape[1])
     start = integers(found, "x_indptr", name, 0, len(value) + 1)
     if len(column) != len(value):
         raise common.UserError(f"{name}: {len(column)} x_indices for {len(value)} x_data")
     if len(start) != shape[0] + 1 or start[0] != 0 or start[-1] != len(value) or (start.diff() < 0).any():
-        raise common.UserError(f"{name}: 'x_indptr' must rise from 0 to {len(value)} in {shape[0] + 1} numbers, got {len(start)} "
-                               f"from {int(start[0])} to {int(start[-1])}")
+        raise common.UserError(f"{name}: 'x_indptr' must rise from 0 to {len(value)} in {shape[0] + 1} numbers, "
+                               f"got {len(start)} from {int(start[0])} to {int(start[-1])}")
     row = torch.repeat_interleave(torch.arange(shape[0]), start.diff())
     return torch.zeros(shape).index_put_((row, column), value, accumulate=True)

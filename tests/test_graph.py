@@ -195,7 +195,7 @@ def test_bad_files_are_refused_in_one_line(changes, said, tmp_path):
     assert said in str(error.value) and path in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["glnn"])
+@pytest.mark.parametrize("name", ["glnn", "ff_g2m"])
 def test_scripts_refuse_other_data_in_one_line(name, tmp_path):
     for data, said in (("no_such_graph", "no such graph (possible: graph"), ("shapes", "no array 'x_shape'"),
                        (saved(tmp_path, labels=None), "no array 'labels'")):
@@ -204,7 +204,7 @@ def test_scripts_refuse_other_data_in_one_line(name, tmp_path):
         assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["glnn"])
+@pytest.mark.parametrize("name", ["glnn", "ff_g2m"])
 def test_scripts_run_on_a_graph_from_a_file(name, tmp_path):
     done = inline(name, "--smoke", "--threads", "1", "--out", tmp_path, "--data", saved(tmp_path))
     assert done.returncode == 0, done.stderr

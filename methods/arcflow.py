@@ -20,7 +20,7 @@ In the miniature all weights of the student are trained (paper: LoRA, < 5 % of t
 the paper only the abstract was read), but for its window of 3/128, which imitates a 43-step Euler sampler.
 
     python methods/arcflow.py                       # 45 s on 2 CPU cores
-    python methods/arcflow.py --data shapes         # images; cifar10 on a GPU; or my.npz with own points or images
+    python methods/arcflow.py --data cifar10 --amp  # one GPU; about 5 h, estimated. Also shapes, my.npz
 """
 import copy
 import math

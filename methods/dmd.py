@@ -21,7 +21,7 @@ learning rate is large and falls as a cosine, and Adam has no momentum.
 
     python methods/dmd.py                       # 35 s of CPU time
     python methods/dmd.py --data shapes         # images, class-conditional; 3 to 4 minutes of CPU time
-    python methods/dmd.py --data cifar10 --amp  # one GPU, see README for time and memory
+    python methods/dmd.py --data cifar10 --amp  # one GPU; about 2 h after the teacher, estimated
     python methods/dmd.py --data my.npz         # own points or images
 """
 import copy

@@ -28,6 +28,7 @@ leaves a choice the code is followed: all of ESD's Jacobian term under the stop-
 free of the factor (t - s)^2.
 
     python methods/flow_maps.py                       # 50 s on 2 CPU cores
+    python methods/flow_maps.py --data cifar10        # one GPU; about 6 h, estimated (no --amp: forward mode)
     python methods/flow_maps.py --data my.npz         # own points or images
 """
 import copy

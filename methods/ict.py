@@ -27,6 +27,7 @@ frequency of the noise embedding). The data have unit variance, so P_mean is the
 
     python methods/ict.py                                            # 45 s on 2 CPU cores
     python methods/ict.py --target ema --metric l2 --index uniform   # any other mixture in the place of iCT
+    python methods/ict.py --data cifar10 --amp                       # one GPU; about 2 h, estimated
     python methods/ict.py --data my.npz                              # own points or images
 """
 import math

@@ -24,6 +24,7 @@ guidance in v, the rate falls to 0 and the velocity difference is clamped to [-1
 batch among the losses and the weights of the code at scale are not used.
 
     python methods/twinflow.py                          # 50 s on 2 CPU cores
+    python methods/twinflow.py --data cifar10 --amp     # one GPU; about 5 h, estimated
     python methods/twinflow.py --data checkerboard      # points, or any .npz of points (--lr 2e-4) or images
 """
 import copy

@@ -19,8 +19,7 @@ ResNet. All students see the same shifted views, a fixed pool on which a teacher
 are fresh and the teacher runs in every step, as in the paper. Besides the paper's cross-entropy, KD and DIST there are
 hints (FitNet) on the last hidden layer. Temperatures and weights of all arms are tuned.
 
-    python methods/pld.py                        # 40 s of CPU time
-    python methods/pld.py --data my.npz          # own labelled images
+    python methods/pld.py                        # 40 s of CPU time; own labelled images: --data my.npz
     python methods/pld.py --data cifar100 --amp  # ResNets and a separable CNN; meant for a GPU, time not measured
 """
 import math
@@ -315,7 +314,7 @@ Tuned on seeds 100, 101 (rates 5e-3 to 5e-2 at student widths 16, 24, 32; KD's T
 0.2 to 5; DIST weights 0.45, 2; tau 1 to 8), run once on 110, 111, after which the cross tau went from 2 to 1.5. Tau
 matters: with the MLP teacher 4 is best and 0.5 or 1 no better than cross-entropy, with the ResNet 1 to 2. At width 32
 and the best rate of each, PLD and KD were level. PLD's nll and ece are the worse: it matches no distribution. Without
-the label first it is as accurate here. Hints were ahead of PLD at width 16. CIFAR settings were run by --smoke only."""
+the label first it is as accurate here. Hints led PLD at width 16. CIFAR settings were run by --smoke only."""
 
 if __name__ == "__main__":
     common.main(run, Config, CLAIMS)

@@ -63,7 +63,7 @@ class Config(common.Config):
     teacher_steps: Annotated[int, "training steps of the target"] = 700
     draft_steps: Annotated[int, "training steps of the draft before distillation"] = 200
     teacher_batch: Annotated[int, "sequences a step of either"] = 64
-    lr: Annotated[float, "initial rate with a divergence, falls as a cosine (paper: 3e-4 for all)"] = 6e-3
+    lr: Annotated[float, "initial rate with a divergence, falls as a cosine"] = 6e-3
     lr_text: Annotated[float, "that of SFT and SeqKD, which over-fit the few answers at a larger one"] = 1e-3
     gamma: Annotated[int, "tokens the draft proposes, where one number is given"] = 4
     gammas: Annotated[tuple[int, ...], "block lengths of the curves"] = (1, 2, 7)
@@ -136,7 +136,7 @@ DIVERGENCES = {"FKL": common.forward_kl, "RKL": common.reverse_kl, "TVD": common
 
 
 def distillation_loss(divergence, target_logits, draft_logits, mask, temperature=1.0):
-    """Mean over tokens of D(p || q), section 3 of the paper. logits (B, L, V) on the same text, gradient to the draft
+    """Mean over tokens of D(p || q). logits (B, L, V) on the same text, gradient to the draft
     alone; mask (B, L) bool; divergence(target logits, draft logits) -> (B, L); temperature: that of the decoding."""
     values = divergence(target_logits.detach() / temperature, draft_logits / temperature)
     return common.masked_mean(values, mask)

@@ -21,8 +21,8 @@ the number of steps, about 7.
 
 In the miniature a language of 48 words lets each be followed by three, drawn at random, equally likely. The teacher, a
 transformer, learns it; the student has width 4, so that its logits have rank 4, too little, as the table shows, for
-three words of 48 after every word. Both begin with cross-entropy on texts, the student with 100 steps. Arms see the same texts in the
-same order. Two ends of t are run: 1, as in the released scripts, where the last target is the teacher and the loss
+three words of 48 after every word. Both begin with cross-entropy on texts, the student with 100 steps. Arms see the
+same texts in the same order. Two ends of t are run: 1, as in the released scripts, where the last target is the teacher and the loss
 the forward KL, and 0.7, which the released code leaves open; the same target without movement stands beside it. The
 paper's sweep over teachers and its comparison with GKD and DistiLLM are left out.
 
@@ -77,8 +77,8 @@ class Config(common.Config):
 # ------------------------------------------------------------------------------------------- the objective
 
 def intermediate_target(student_logits, teacher_logits, t):
-    """p_t, the paper's intermediate teacher: softmax of (1 - t) student + t teacher, logits (..., V), without gradient to either.
-    t: a number or 0-dim tensor in [0, 1]."""
+    """p_t, the paper's intermediate teacher: softmax of (1 - t) student + t teacher, logits (..., V), without gradient
+    to either. t: a number or 0-dim tensor in [0, 1]."""
     with torch.no_grad():
         return ((1 - t) * student_logits + t * teacher_logits).float().softmax(-1)
 

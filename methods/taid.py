@@ -19,12 +19,13 @@ entropy of p_t in it, as in the released code. The momentum is tiny and its sigm
 as exp(-alpha n / 2) until the straight line overtakes it. So alpha must fit the run; what carries over is alpha times
 the number of steps, about 7.
 
-In the miniature a language of 48 words lets each be followed by three, drawn at random, equally likely. The teacher, a
-transformer, learns it; the student has width 4, so that its logits have rank 4, too little, as the table shows, for
-three words of 48 after every word. Both begin with cross-entropy on texts, the student with 100 steps. Arms see the
-same texts in the same order. Two ends of t are run: 1, as in the released scripts, where the last target is the teacher and the loss
-the forward KL, and 0.7, which the released code leaves open; the same target without movement stands beside it. The
-paper's sweep over teachers and its comparison with GKD and DistiLLM are left out.
+In the miniature a language of 48 words lets each be followed by three, drawn at random, equally likely. The
+teacher, a transformer, learns it; the student has width 4, so that its logits have rank 4, too little, as the
+table shows, for three words of 48 after every word. Both begin with cross-entropy on texts, the student with 100
+steps. Arms see the same texts in the same order. Two ends of t are run: 1, as in the released scripts, where the
+last target is the teacher and the loss the forward KL, and 0.7, which the released code leaves open; the same
+target without movement stands beside it. The paper's sweep over teachers and its comparison with GKD and DistiLLM
+are left out.
 
 Metrics, on texts of the teacher: tv, the total variation between student and teacher; leak, the student's mass on
 words that the teacher gives less than 0.001; miss, the teacher's mass on words that the student gives less than

@@ -84,6 +84,11 @@ def test_quality_loss_teaches_means_and_variances():
     assert fair.quality_loss(wider, fair.draw(mean, logvar, noise)) > 0.1
 
 
+def test_draw_has_the_standard_deviation_of_the_log_variance():
+    mean, logvar = torch.tensor([[3.0, -1.0]]), torch.tensor([[0.0, 2 * float(np.log(5.0))]])
+    assert torch.allclose(fair.draw(mean, logvar, torch.full((1, 2), 2.0)), torch.tensor([[5.0, 9.0]]))
+
+
 def test_reconstruction_loss_by_hand():
     code = torch.tensor([[1.0, -1.0, 1, 0, 0, 1, 0], [0.0, 2.0, 0, 0, 1, 0, 1]])
     output = torch.zeros(2, 7)

@@ -22,10 +22,10 @@ behind the end do not count in L_ent.
 
 The miniature adds seven digits mod 4, in an order of one's own choice, each step a term and the sum so far:
 "S1132311=" -> "11122011301130.". Which term comes next is the direction that is chosen, the sums follow. An answer
-is right when all its 15 tokens are. All arms draw on 1,000 problems and start from a student after a short
-fine-tuning. JSD with beta = 0.9 has about 0.09 of the size of a KL and is swamped by the other two terms when they
-have the code's weights, 1 and 0.1: here it is divided by beta (1 - beta), and the others weigh 0.15 and 0.02. With as few
-tokens as here the opener is to carry a quarter of the entropy, not a tenth, and K is 4, the number of digits.
+is right when all its 15 tokens are. All arms draw on 1,000 problems and start from a student after a short fine-
+tuning. JSD with beta = 0.9 has about 0.09 of the size of a KL and is swamped by the other two terms when they have
+the code's weights, 1 and 0.1: here it is divided by beta (1 - beta), and the others weigh 0.15 and 0.02. With as
+few tokens as here the opener is to carry a quarter of the entropy, not a tenth, and K is 4, the number of digits.
 
     python methods/tsd_kd.py                    # 60 s of CPU time
     python methods/tsd_kd.py --direct-weight 1 --entropy-weight 1 --alpha 0.1       # the code's weights

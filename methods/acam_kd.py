@@ -297,11 +297,11 @@ NOTES = """What holds is the gain over no distillation. The other ways of distil
 but for the joint gradient, which is two points behind; against the plain distance acam was ahead on tuning seeds 102
 and 103 by 0.4 and 0.2 points and behind on 101 by about one. With the masks constant in the distance nothing tells
 them where to look: the diversity loss separates them, in the end into nearly binary ones, some of them closed
-everywhere. A closed mask overlaps with nothing (its dice is 0), so that the small dice is in part that.
-Joint gradients close all masks within the training. Tuned on seeds 100 to 103: width 8, 12, 16 of the student; alpha 0.5 to 4 for plain and
-acam, 0.5 and 1 for the fixed masks, which were better with 0.5; lambda 0.1 did as well as 1. Teacher-only masks took
-acam's settings. Images and test set are the same for all seeds, so that the intervals tell of initialisation and
-batches alone; seeds 0 to 4 were run once."""
+everywhere. A closed mask overlaps with nothing (its dice is 0), so that the small dice is in part that. Joint
+gradients close all masks within the training. Tuned on seeds 100 to 103: width 8, 12, 16 of the student; alpha 0.5
+to 4 for plain and acam, 0.5 and 1 for the fixed masks, which were better with 0.5; lambda 0.1 did as well as 1.
+Teacher-only masks took acam's settings. Images and test set are the same for all seeds, so that the intervals tell
+of initialisation and batches alone; seeds 0 to 4 were run once."""
 
 if __name__ == "__main__":
     common.main(run, Config, CLAIMS)

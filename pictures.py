@@ -29,10 +29,12 @@ def draw(panels: list[tuple[str, Any]], columns: int = 4, title: str = "") -> by
     limits = [_array(c[0] if isinstance(c, tuple) else c) for _, c in panels if _is_points(c)]
     finite = np.abs(limits[0][np.isfinite(limits[0])]) if limits else np.ones(1)
     reach = float(np.quantile(finite, 0.995)) * 1.25 + 1e-6 if finite.size else 1.0
+    names = dict.fromkeys(n for _, c in panels if isinstance(c, dict) for n in c.get("curves", ()))
+    colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}     # one colour a name in all panels
     for i, (label, content) in enumerate(panels):
         x, y = GAP + i % columns * (SIZE + GAP), top + i // columns * (SIZE + BAR + GAP)
         pen.text((x, y + 3), shorten(pen, label, SIZE), fill="black", font=font())
-        sheet.paste(_panel(content, reach), (x, y + BAR))
+        sheet.paste(_panel(content, reach, colours), (x, y + BAR))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
@@ -54,9 +56,9 @@ def _is_points(content) -> bool:
     return not isinstance(points, dict) and _array(points).ndim == 2
 
 
-def _panel(content, reach: float) -> Image.Image:
+def _panel(content, reach: float, colours: dict) -> Image.Image:
     if isinstance(content, dict):
-        return _heat(_array(content["heat"])) if "heat" in content else _curves(**content)
+        return _heat(_array(content["heat"])) if "heat" in content else _curves(colours, **content)
     if _is_points(content):
         points, labels = content if isinstance(content, tuple) else (content, None)
         return _scatter(_array(points), None if labels is None else _array(labels).astype(int), reach)
@@ -100,7 +102,7 @@ def _heat(array: np.ndarray) -> Image.Image:
     return Image.fromarray(rgb.astype(np.uint8)).resize((SIZE, SIZE), Image.NEAREST)
 
 
-def _curves(curves: dict, x: str = "", y: str = "", logy: bool = False, logx: bool = False) -> Image.Image:
+def _curves(colours: dict, curves: dict, x: str = "", y: str = "", logy: bool = False, logx: bool = False) -> Image.Image:
     """{name: (xs, ys)} as lines with a legend and labelled axes."""
     image = Image.new("RGB", (SIZE, SIZE), (248, 248, 248))
     pen, small = ImageDraw.Draw(image), font(11)
@@ -123,7 +125,7 @@ def _curves(curves: dict, x: str = "", y: str = "", logy: bool = False, logx: bo
     pen.text(((left + right) / 2, SIZE - 4), x, fill="black", font=small, anchor="mb")
     pen.text((4, 3), y, fill="black", font=small)
     for i, (name, (a, b)) in enumerate(lines.items()):
-        colour = PALETTE[i % len(PALETTE)]
+        colour = colours[name]
         place = [(left + (u - x0) / (x1 - x0) * (right - left), bottom - (v - y0) / (y1 - y0) * (bottom - top))
                  for u, v in zip(a, b) if np.isfinite(u) and np.isfinite(v)]
         if len(place) > 1:

@@ -143,6 +143,13 @@ class UNet(nn.Module):
             x = layer(torch.cat([x, kept.pop()], 1), c) if isinstance(layer, Block) else layer(x)
         return F.silu(self.last(x))
 
+    def bottleneck(self, x, t, y=None, s=None):
+        """Features (B, C, h, w) after `middle`, at the lowest resolution; the upward half is not run."""
+        c, x = self.embed(self.condition(x, t, y, s)), self.first(x)
+        for layer in self.down:
+            x = layer(x, c) if isinstance(layer, Block) else layer(x)
+        return self.middle(x, c)
+
     def forward(self, x, t, y=None, s=None):
         if len(x) > 1000 and x.shape[2] >= 32 and not torch.is_grad_enabled():      # samples for the metrics: in parts
             parts = zip(*(z.split(1000) if torch.is_tensor(z) else [None] * len(x.split(1000)) for z in (x, t, y, s)))

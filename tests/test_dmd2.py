@@ -229,3 +229,24 @@ def test_first_matching_update_is_zero(setting):
     one = dmd2.Config(steps=1, batch=8, width=8, depth=1, warmup=1, threads=1, checkpoints=1, lr=1e-2)
     generator, _ = dmd2.train(one, "zero", data, teacher)
     assert torch.allclose(weights(generator), weights(teacher) * (1 - 1e-2 * 0.01), atol=1e-6)
+
+
+def test_learning_rate_rises_stays_and_falls():
+    cfg = dmd2.Config(warmup=10, fall=0.5)
+    factors = [dmd2.learning_rate(n, 100, cfg) for n in range(101)]
+    assert factors[:10] == pytest.approx([(n + 1) / 10 for n in range(10)]) and set(factors[9:51]) == {1}
+    assert factors[75] == pytest.approx(0.5) and factors[100] == pytest.approx(0, abs=1e-12)
+    cfg.fall = 0.0
+    assert {dmd2.learning_rate(n, 100, cfg) for n in range(9, 100)} == {1}
+
+
+def test_gan_sees_low_noise_only_and_the_scores_all_of_it(setting, monkeypatch):
+    _, data, teacher = setting
+    cfg = dmd2.Config(steps=20, batch=64, width=8, depth=1, threads=1, checkpoints=1, gan_sigma_max=0.5)
+    seen, logits, forward = {"gan": [], "score": []}, dmd2.FakeScore.logits, dmd2.FakeScore.forward
+    monkeypatch.setattr(dmd2.FakeScore, "logits", lambda self, x, sigma, y=None:
+                        seen["gan"].append(sigma.max()) or logits(self, x, sigma, y))
+    monkeypatch.setattr(dmd2.FakeScore, "forward", lambda self, x, sigma, y=None:
+                        seen["score"].append(sigma.max()) or forward(self, x, sigma, y))
+    dmd2.train(cfg, "noise", data, teacher, ratio=2, gan=True)
+    assert 0.4 < max(seen["gan"]) <= 0.5 and max(seen["score"]) > 8

@@ -106,7 +106,8 @@ def _curves(colours: dict, curves: dict, x: str = "", y: str = "", logy: bool = 
     """{name: (xs, ys)} as lines with a legend and labelled axes."""
     image = Image.new("RGB", (SIZE, SIZE), (248, 248, 248))
     pen, small = ImageDraw.Draw(image), font(11)
-    columns = 2 if len(curves) > 3 and max(pen.textlength(name, font=small) for name in curves) < SIZE / 2 - 24 else 1
+    widths = [pen.textlength(name, font=small) for name in curves]
+    columns = 2 if len(curves) > 3 and max(widths[::2]) < SIZE / 2 - 4 and max(widths[1::2]) < SIZE / 2 - 14 else 1
     left, right, top, bottom = 46, SIZE - 10, 26 + 14 * -(-len(curves) // columns), SIZE - 34
     lines = {k: (_array(a).ravel(), _array(b).ravel()) for k, (a, b) in curves.items()}
     lines = {k: (np.log10(a) if logx else a, np.log10(np.maximum(b, 1e-12)) if logy else b) for k, (a, b) in lines.items()}
@@ -133,5 +134,5 @@ def _curves(colours: dict, curves: dict, x: str = "", y: str = "", logy: bool = 
         if len(place) <= 30:
             for u, v in place:
                 pen.ellipse((u - 3, v - 3, u + 3, v + 3), fill=colour)
-        pen.text((20 + i % columns * SIZE / 2, 18 + 14 * (i // columns)), name, fill=colour, font=small)
+        pen.text((12 + i % columns * SIZE / 2, 18 + 14 * (i // columns)), name, fill=colour, font=small)
     return image

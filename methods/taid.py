@@ -259,7 +259,7 @@ def run(cfg, log):
 
 CLAIMS = [
     common.Claim("taid, lower end", "<", "FKL", metric="tv", margin=0.75,
-                 says="a target between student and teacher brings a small student closer than the forward KL"),
+                 says="a target that stops at t = 0.7 (released: 1) brings a small student closer than the forward KL"),
     common.Claim("taid, lower end", "<", "RKL", metric="tv", margin=0.9, says="and closer than the reverse KL"),
     common.Claim("taid, lower end", "<", "FKL", metric="leak", margin=0.5,
                  says="it spreads less over words that the teacher excludes than with the forward KL"),

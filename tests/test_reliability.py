@@ -24,7 +24,8 @@ def metrics(folder):
 
 def start(folder, cache, *more):
     return subprocess.Popen([*COMMAND, "--out", str(folder), *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            env={**os.environ, "DISTILL_CACHE": str(cache)}, text=True)
+                            env={**os.environ, "DISTILL_CACHE": str(cache)}, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # a shell's & ignores it
 
 
 def test_kill_and_resume_gives_the_same_metrics(tmp_path):
@@ -62,7 +63,7 @@ def test_interrupt_says_how_to_go_on(tmp_path):
         time.sleep(0.02)
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate()
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in output.splitlines()[-1]
 
 

@@ -5,7 +5,7 @@ Family: classification. Distils: the logits of a classifier into every stage of 
 
 Features of a CNN, a ViT and an MLP differ at every depth (by centred kernel alignment, CKA), so to match them hands
 over what belongs to an architecture. OFA-KD gives each stage i of the student an exit: a head h_i from its features
-F_i to logits, dropped after training. Exits and output learn from the teacher's logits alone. Where it is sure, the true
+F_i to logits, dropped in the end. Exits and output learn from the teacher's logits alone. Where it is sure, the true
 class gets more weight: with p, q the softmax of teacher and z, m the label's onehot and eps >= 1
 
     OFA(z) = -sum_c [(p_c + m_c)^eps - m_c] log q_c,     L = CE(s, y) + OFA(s) + sum_i OFA(h_i(F_i)).
@@ -314,7 +314,7 @@ CLAIMS = [
 NOTES = """\
 Tuned on seeds 100 to 112 (rates 3e-3 to 2e-2, 720 to 3600 images, T 1 to 8, hint weights 0.03 to 5, eps 1 to 2). There
 KD or FitNet led with all images or batch norm in the student, KD with a surer ResNet. ViTs need more training: 34 % as
-student with hints, 22 % with OFA-KD. Against KD at T = 2 OFA-KD only lowers nll and ece. CIFAR: run by --smoke only."""
+student with hints, 22 % with OFA-KD. Against KD at T = 2 OFA-KD only lowers nll and ece. CIFAR: --smoke only."""
 
 if __name__ == "__main__":
     common.main(run, Config, CLAIMS)

@@ -38,7 +38,8 @@ def results(folder, name):
 
 
 def test_the_image_methods_have_settings_for_cifar():
-    asked = {"dmd", "consistency_models", "ict", "twinflow", "arcflow", "flow_maps", "instaflow", "kd", "mtt", "ftd"}
+    asked = {"dmd", "dmd2", "consistency_models", "ict", "twinflow", "arcflow", "flow_maps", "instaflow", "kd", "pld",
+             "ofa_kd", "mtt", "ftd"}
     assert asked <= set(READY) and "self_forcing" not in READY
     assert ledger.has_settings("self_forcing", None)
 

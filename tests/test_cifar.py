@@ -15,8 +15,7 @@ import ledger
 import networks
 
 READY = [name for name in ledger.methods() if ledger.has_settings(name, "cifar10")]
-GENERATORS = [name for name in READY if "flow_teacher" in (ROOT / "methods" / f"{name}.py").read_text()
-              or "make_network" in (ROOT / "methods" / f"{name}.py").read_text()]
+GENERATORS = [name for name in READY if "common.quality(" in (ROOT / "methods" / f"{name}.py").read_text()]
 TINY = ["--width", "8", "--depth", "1"]
 TINY_OF = {"kd": ["--teacher-width", "8"], "mtt": ["--width", "8", "--batch-real", "40"],
            "ftd": ["--width", "8", "--batch-real", "40"]}

@@ -366,33 +366,36 @@ def frozen(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).eval().requires_grad_(False)
 
 
-def cache_folder() -> Path:
-    """Where trained networks and reference statistics are kept."""
-    return Path(os.environ.get("DISTILL_CACHE") or ROOT / ".cache")
+def cached(name: str, make: Callable[[], Any]) -> Any:
+    """The state in NAME.pt of the folder $DISTILL_CACHE (default: .cache in the project), made by make() where there is
+    none. Several processes that want the same one wait for the first; a damaged file is rebuilt with a warning."""
+    folder = Path(os.environ.get("DISTILL_CACHE") or ROOT / ".cache")
+    path = folder / f"{name}.pt"
+    try:
+        with locked(path.with_suffix(".lock")):
+            state = load_state(path) if path.exists() else None
+            if state is None:
+                state = make()
+                save_state(path, state)
+            return state
+    except OSError as error:
+        raise UserError(f"the cache folder {folder} cannot be used ({error}); set DISTILL_CACHE to another one")
 
 
 def trained(cfg: Config, name: str, module: nn.Module, train: Callable[[], Any], **key) -> nn.Module:
     """Train `module` in place by train(), or load the result of an earlier run; returns it frozen, in eval mode.
 
-    The file lies in the folder $DISTILL_CACHE (default: .cache in the project) under a hash of name, architecture,
-    seed, device, --amp and key; put in the key everything else that determines the weights (data, steps, batch, learning
-    rate). Several processes that want the same one wait for the first; a damaged file is rebuilt with a warning.
+    The weights are cached() under a hash of name, architecture, seed, device, --amp and key; put in the key everything
+    else that determines them (data, steps, batch, learning rate).
     """
     shapes = [(k, tuple(v.shape)) for k, v in module.state_dict().items()]
     code = digest(name, repr(module), shapes, cfg.seed, cfg.dev.type, cfg.amp, LEDGER, sorted(key.items()))
-    folder = cache_folder()
-    path = folder / f"{name}-{code}.pt"
-    try:
-        with locked(path.with_suffix(".lock")):
-            state = load_state(path) if path.exists() else None
-            if state is None:
-                with seeded(cfg.seed):
-                    train()
-                save_state(path, module.state_dict())
-            else:
-                module.load_state_dict(state)
-    except OSError as error:
-        raise UserError(f"the cache folder {folder} cannot be used ({error}); set DISTILL_CACHE to another one")
+
+    def make():
+        with seeded(cfg.seed):
+            train()
+        return module.state_dict()
+    module.load_state_dict(cached(f"{name}-{code}", make))
     return module.eval().requires_grad_(False)
 
 
@@ -619,13 +622,18 @@ def make_network(cfg: Config, data, width: int, depth: int, times: int = 1, out:
     return cfg.place(UNet(data.shape, **arguments) if len(data.shape) == 3 else MLP(data.shape[0], **arguments))
 
 
+def is_large(data) -> bool:
+    """Images of 32x32 and more, which have settings and measures of their own."""
+    return len(data.shape) == 3 and min(data.shape[1:]) >= 32
+
+
 def flow_teacher(cfg: Config, data, width: int, depth: int, batch: int = 0, lr: float = 0.0, label_drop: float = 0.1):
     """A velocity network trained by flow matching (t uniform) for cfg.teacher_steps steps, cached and frozen: the
     teacher that all generators share. Its weights are the exponential average of the last ~200 steps, or from 32x32 on
     of the last twentieth. Labels, where the data hands them out, are dropped with probability label_drop, so that
     guided() works. lr 0: 5e-3 for points, 1e-3 for small images, 3e-4 from 32x32 on; batch 0: 512, there 128."""
     net = make_network(cfg, data, width, depth)
-    large = len(data.shape) == 3 and min(data.shape[1:]) >= 32
+    large = is_large(data)
     lr = lr or (3e-4 if large else 1e-3 if len(data.shape) == 3 else 5e-3)
     batch = 16 if cfg.smoke else batch or (128 if large else 512)
     decay = max(0.995, 1 - 20 / cfg.teacher_steps) if large else 0.995
@@ -677,7 +685,7 @@ def language_model(cfg: Config, name: str, net: Transformer, sample: Callable, s
 def classifier(cfg: Config, data: Images) -> ResNet:
     """A small ResNet trained on the labelled images, cached and frozen: its features() give the Frechet distance. From
     32x32 on it is wider and deeper and learns longer, on images that are mirrored at random."""
-    large = min(data.shape[1:]) >= 32
+    large = is_large(data)
     stages = (2, 2, 2) if large else (1, 1, 1) if min(data.shape[1:]) >= 16 else (1, 1)
     net = cfg.place(ResNet(data.shape[0], data.n_classes, 32 if large else 16, stages))
     steps, batch = (3, 16) if cfg.smoke else (5000, 256) if large else (400, 128)
@@ -801,7 +809,7 @@ def quality(cfg: Config, data, samples: torch.Tensor) -> dict[str, float]:
         net, reference = kept[n]
         features = batched(net.features, samples.clamp(-1, 1), 1000)
         found["fd"] = frechet(features, reference)
-        if min(data.shape[1:]) >= 32:
+        if is_large(data):
             found["precision"], found["recall"] = precision_recall(reference, features)
     if cfg.fid and len(data.shape) == 3:
         if "inception" not in kept:
@@ -817,12 +825,12 @@ def inception_reference(cfg: Config, data: Images) -> tuple[Callable, tuple[torc
         net = inception(load_torchvision("--fid").models)
     except (OSError, RuntimeError) as error:
         raise UserError(f"--fid: the weights of Inception-v3 could not be downloaded ({error}); leave the option out")
-    path = cache_folder() / f"inception-{data.key}-{cfg.smoke}.pt"
-    images = data.train[:100] if cfg.smoke else data.train
-    if not path.exists():
+
+    def make():
+        images = data.train[:100] if cfg.smoke else data.train
         mean, cov = moments(batched(lambda part: net(data.normal(part)), images))
-        save_state(path, dict(mean=mean, cov=cov))
-    state = load_state(path)
+        return dict(mean=mean, cov=cov)
+    state = cached(f"inception-{data.key}-{cfg.smoke}", make)
     return net, (state["mean"], state["cov"])
 
 

@@ -105,7 +105,7 @@ def canonical(node, drop: tuple[str, ...] = ()) -> str:
         fields["keywords"] = [k for k in node.keywords if k.arg not in ("says", "preview")]
     if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "PRESETS" and isinstance(node.value, ast.Dict):
         pairs = [(k, v) for k, v in zip(node.value.keys, node.value.values) if getattr(k, "value", None) not in drop]
-        fields["value"] = ast.Dict(*map(list, zip(*pairs))) if pairs else ast.Dict([], [])
+        fields["value"] = ast.Dict([k for k, _ in pairs], [v for _, v in pairs])
     if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "NOTES":
         return ""
     return type(node).__name__ + "(" + ",".join(f"{k}={canonical(v, drop)}" for k, v in fields.items()

@@ -131,24 +131,25 @@ class UNet(nn.Module):
         self.last = nn.GroupNorm(groups(width), width)
         self.head = nn.Conv2d(width, out or channels, 3, padding=1)
 
+    def descend(self, x, c):
+        """The features of the downward half for the embedded condition c, from `first` to the lowest resolution."""
+        kept = [self.first(x)]
+        for layer in self.down:
+            kept.append(layer(kept[-1], c) if isinstance(layer, Block) else layer(kept[-1]))
+        return kept
+
     def hidden(self, x, t, y=None, s=None):
         c = self.embed(self.condition(x, t, y, s))
-        x = self.first(x)
-        kept = [x]
-        for layer in self.down:
-            x = layer(x, c) if isinstance(layer, Block) else layer(x)
-            kept.append(x)
-        x = self.middle(x, c)
+        kept = self.descend(x, c)
+        x = self.middle(kept[-1], c)
         for layer in self.up:
             x = layer(torch.cat([x, kept.pop()], 1), c) if isinstance(layer, Block) else layer(x)
         return F.silu(self.last(x))
 
     def bottleneck(self, x, t, y=None, s=None):
         """Features (B, C, h, w) after `middle`, at the lowest resolution; the upward half is not run."""
-        c, x = self.embed(self.condition(x, t, y, s)), self.first(x)
-        for layer in self.down:
-            x = layer(x, c) if isinstance(layer, Block) else layer(x)
-        return self.middle(x, c)
+        c = self.embed(self.condition(x, t, y, s))
+        return self.middle(self.descend(x, c)[-1], c)
 
     def forward(self, x, t, y=None, s=None):
         if len(x) > 1000 and x.shape[2] >= 32 and not torch.is_grad_enabled():      # samples for the metrics: in parts

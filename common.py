@@ -91,7 +91,7 @@ class Config:
     preview_every: Annotated[float, "seconds between pictures of samples in OUT/<name>.state, by image generators"] = 300.0
 
     def __post_init__(self):
-        self.context = types.SimpleNamespace(state=None, seconds={})    # where checkpoints go; training time of each arm
+        self.context = types.SimpleNamespace(state=None, seconds={}, steps={})  # for checkpoints; times and steps of loops
 
     @property
     def dev(self) -> torch.device:
@@ -341,7 +341,7 @@ class loop:
                         drawn = time.monotonic()
             finally:
                 bar.close()
-                self.cfg.context.seconds[self.name] = self.seconds
+                self.cfg.context.seconds[self.name], self.cfg.context.steps[self.name] = self.seconds, self.step
 
 
 def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor, clip: float = 0.0) -> None:
@@ -955,7 +955,8 @@ def execute(run: Callable, cfg: Config, claims: list[Claim], state: Path | None)
         data=cfg.data, seeds=seeds, arms=table, claims=[ledger.judge(claim, table) for claim in claims],
         notes=getattr(module, "NOTES", ""), config=settings, seconds=round((time.monotonic() - began) / cfg.seeds, 1),
         device=torch.cuda.get_device_name() if device.type == "cuda" else device.type, torch=torch.__version__,
-        hash=ledger.fingerprint(Path(module.__file__), cfg.data))
+        hash=ledger.fingerprint(Path(module.__file__), cfg.data),
+        steps={arm: n for arm, n in one.context.steps.items() if arm in table})
     path = Path(cfg.out) / f"{name}.json"
     write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
     print(ledger.report(result))

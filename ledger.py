@@ -224,6 +224,13 @@ def by_family(results: dict[str, dict]) -> list[tuple[str, dict]]:
     return sorted(results.items(), key=lambda item: (item[1]["family"], item[0]))
 
 
+def samples_per_second(result: dict, arm: str, seconds: float | None) -> str:
+    """Training samples a second of an arm, the steps of its loop x --batch / its training seconds; '' where the results do
+    not tell: no loop of the arm's name, no option --batch, or a teacher, whose batch is another."""
+    steps, batch = result.get("steps", {}).get(arm), result.get("config", {}).get("batch")
+    return number(steps * batch / seconds) if steps and batch and seconds and not arm.startswith("teacher") else ""
+
+
 def leaderboard(results: dict[str, dict]) -> str:
     """All arms of results on one data set, ranked: generators by network calls and Frechet distance (with the same
     teacher, data, network, batch and steps), classifiers by accuracy. Floor and teacher are listed once."""
@@ -232,23 +239,26 @@ def leaderboard(results: dict[str, dict]) -> str:
         for arm, values in r["arms"].items():
             mean = {metric: mean_interval(v)[0] for metric, v in values.items()}
             where = f"| [{cell(r['method'])}](../../methods/{name}.py) | {cell(arm)} |"
+            speed = samples_per_second(r, arm, mean.get("seconds"))
             if re.match("data|teacher", arm):
                 if arm in seen:
                     continue
                 seen.add(arm)
             if "fd" in mean and "nfe" in mean:
                 shown = [number(mean[m]) if m in mean else "" for m in ("nfe", "fd", "precision", "recall", "seconds")]
-                samples.append((mean["nfe"], mean["fd"], f"{where} {' | '.join(shown)} |"))
+                samples.append((mean["nfe"], mean["fd"], f"{where} {' | '.join([*shown, speed])} |"))
             elif "acc" in mean:
                 shown = [number(mean[m]) if m in mean else "" for m in ("acc", "nll", "seconds")]
-                labels.append((name, -mean["acc"], f"{where} {' | '.join(shown)} |"))
+                labels.append((name, -mean["acc"], f"{where} {' | '.join([*shown, speed])} |"))
     made = sorted({f"{r['device']}, torch {r['torch']}, seeds {r['seeds']}" for r in results.values()})
-    lines = [f"Made on {'; '.join(made)}. fd: Frechet distance in the features of a classifier trained on the same data (not FID).", ""]
+    lines = [f"Made on {'; '.join(made)}.", "fd: Frechet distance in the features of a classifier trained on the same data (not FID).",
+             "samples/s: steps of an arm's loop x batch / its training seconds.", ""]
     if samples:
-        lines += ["| method | arm | network calls | fd | precision | recall | training s |", "|---|---|---|---|---|---|---|"]
+        lines += ["| method | arm | network calls | fd | precision | recall | training s | samples/s |",
+                  "|---|---|---|---|---|---|---|---|"]
         lines += [row for *_, row in sorted(samples)] + [""]
     if labels:
-        lines += ["| method | arm | accuracy | nll | training s |", "|---|---|---|---|---|"]
+        lines += ["| method | arm | accuracy | nll | training s | samples/s |", "|---|---|---|---|---|---|"]
         lines += [row for *_, row in sorted(labels)] + [""]
     return "\n".join(lines).rstrip()
 

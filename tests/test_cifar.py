@@ -197,6 +197,7 @@ def test_leaderboard_ranks_by_calls_and_distance(tmp_path, monkeypatch):
     places = [text.index(word) for word in ("| near |", "| far |", "| slow |", "| teacher |", "| high |", "| low |")]
     assert places == sorted(places) and text.count("| teacher |") == 1 and "old" not in text
     assert "(methods/a.py)" in text and "(../../methods/a.py)" in Path(folder / "README.md").read_text()
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 2, "as many cells as columns"
 
 
 def test_out_of_memory_names_the_settings_to_lower(images, tmp_path, monkeypatch):

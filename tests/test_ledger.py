@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from conftest import load_method
 from scipy import stats
 
 import common
@@ -86,6 +87,38 @@ def test_table_rows_come_from_results_alone():
     assert '<a id="m"></a>' in page and "second" in page and "CONTRADICTED" in page and "tried this" in page
     text = ledger.readme_with(f"x{ledger.BEGIN}\nold\n{ledger.END}y", row)
     assert text.startswith("x") and text.endswith("y") and "old" not in text
+
+
+def test_leaderboard_shows_samples_a_second_where_the_results_tell():
+    def cells(metric, **changes):
+        result = dict(method="M", arms={"teacher": metric, "arm": metric}, steps={"arm": 1000, "teacher": 50}, device="cpu",
+                      torch="2", seeds=[0, 1], config={"batch": 128}) | changes
+        rows = [line.split("|") for line in ledger.leaderboard({"m": result}).splitlines() if line.startswith("|")]
+        assert len({len(row) for row in rows}) == 1 and rows[0][-2] == " samples/s "
+        return {row[2].strip(): row[-2].strip() for row in rows[2:]}
+    trained = dict(seconds=[100.0, 156.0])
+    for metric in (dict(fd=[1.0, 1.0], nfe=[1, 1]), dict(acc=[0.9, 0.9])):
+        assert cells(metric | trained) == {"arm": "1000", "teacher": ""}     # 1000 x 128 / the mean of 128 s
+        assert cells(metric | trained, steps={"another": 7})["arm"] == ""
+        assert cells(metric | trained, config={"batch_real": 5})["arm"] == ""
+        assert cells(metric | dict(seconds=[0.0, 0.0]))["arm"] == "" == cells(metric)["arm"]
+    old = dict(method="M", arms={"arm": dict(acc=[0.9], seconds=[1.0])}, device="cpu", torch="2", seeds=[0])
+    assert ledger.leaderboard({"m": old}).endswith("| 1 |  |"), "results from before steps were recorded"
+
+
+def test_results_hold_the_steps_that_each_arm_trained(tmp_path):
+    found = []
+
+    def run(cfg, log):
+        for arm, steps in {"half": 2, "whole": None, "helper": 3}.items():
+            for _ in common.loop(cfg, arm, steps):
+                found.append(arm)
+        log("half", acc=0.5)
+        log("whole", acc=0.5)
+        log("untrained", acc=0.5)
+    run.__module__ = "kd"
+    result = common.execute(run, load_method("kd").Config(steps=4, out=str(tmp_path)), [], None)
+    assert result["steps"] == {"half": found.count("half"), "whole": found.count("whole")} == {"half": 2, "whole": 4}
 
 
 def test_report_shows_means_and_intervals():

@@ -152,8 +152,8 @@ def measure(name: str, steps: int, arguments: list[str]) -> dict:
 def short(name: str, steps: int) -> list[str]:
     """Options for a script that leave its training steps as they are and make the rest small."""
     from conftest import load_method
-    wanted = dict(steps=2 * min(20, steps) + steps + 1, eval_samples=256, pairs=512, eval_steps=10, expert_epochs=1, segment=1,
-                  max_start=1)
+    wanted = dict(steps=2 * min(20, steps) + steps + 1, eval_samples=256, pairs=512, eval_steps=10, expert_epochs=2, segment=1,
+                  max_start=2)
     wanted["teacher_steps"] = wanted["steps"]
     options = []
     for field in dataclasses.fields(load_method(name).Config):

@@ -272,6 +272,9 @@ class loop:
     def __init__(self, cfg: Config, name: str, steps: int | None = None, preview: Callable | None = None, **state):
         self.cfg, self.name, self.steps, self.state = cfg, name, cfg.steps if steps is None else steps, state
         self.preview = preview
+        for module in state.values():       # a deep copy of a compiled network is not compiled
+            if cfg.compile and isinstance(module, nn.Module) and module._compiled_call_impl is None:
+                module.compile()
         self.pending, self.step, self.seconds = [], 0, 0.0
         folder = cfg.context.state
         self.path = folder and folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{digest(name)[:6]}.pt"
@@ -537,6 +540,20 @@ class Images:
         """n labels drawn with the frequencies of the training set, None when unconditional."""
         index = torch.randint(len(self.train), (n,), device=self.device)
         return self.train_labels[index] if self.classes else None
+
+
+def shift_and_flip(x: torch.Tensor, shift: int, flip: bool = False) -> torch.Tensor:
+    """The usual augmentation of small images (B, C, H, W) of any type: each moved as a whole by up to `shift` pixels either
+    way, the border repeated, and with flip half of them mirrored left to right. Random numbers: only what is asked for."""
+    (b, c, h, w), device = x.shape, x.device
+    rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
+    if shift:
+        dy, dx = torch.randint(-shift, shift + 1, (2, b, 1), device=device)
+        rows, columns = (rows + dy).clamp(0, h - 1), (columns + dx).clamp(0, w - 1)
+        x = x.gather(2, rows.view(b, 1, h, 1).expand(b, c, h, w))
+    if flip:
+        columns = torch.where(torch.rand(b, 1, device=device) < 0.5, columns, columns.flip(-1))
+    return x.gather(3, columns.view(b, 1, 1, w).expand(b, c, h, w)) if shift or flip else x
 
 
 def load_torchvision(asked: str):
@@ -949,7 +966,8 @@ def execute(run: Callable, cfg: Config, claims: list[Claim], state: Path | None)
             run(one, log)
         arms.append(log.arms)
         seeds.append(seed)
-    table = {arm: {m: [a[arm][m] for a in arms] for m in arms[0][arm]} for arm in arms[0]}
+    table = {arm: {m: [a[arm][m] for a in arms] for m in arms[0][arm]     # a teacher from the cache has no seconds
+                   if m != "seconds" or all(m in a[arm] for a in arms)} for arm in arms[0]}
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "resume", "seed", "seeds")}
     result = ledger.describe(name, module.__doc__ or "") | dict(
         data=cfg.data, seeds=seeds, arms=table, claims=[ledger.judge(claim, table) for claim in claims],

@@ -233,7 +233,7 @@ def samples_per_second(result: dict, arm: str, seconds: float | None) -> str:
 
 def leaderboard(results: dict[str, dict]) -> str:
     """All arms of results on one data set, ranked: generators by network calls and Frechet distance (with the same
-    teacher, data, network, batch and steps), classifiers by accuracy. Floor and teacher are listed once."""
+    teacher, data, network, batch and steps), classifiers by accuracy. The generators' floor and teacher are listed once."""
     samples, labels, seen = [], [], set()
     for name, r in sorted(results.items()):
         for arm, values in r["arms"].items():
@@ -241,9 +241,10 @@ def leaderboard(results: dict[str, dict]) -> str:
             where = f"| [{cell(r['method'])}](../../methods/{name}.py) | {cell(arm)} |"
             speed = samples_per_second(r, arm, mean.get("seconds"))
             if re.match("data|teacher", arm):
-                if arm in seen:
+                key = arm if "nfe" in mean else (name, arm)     # the generators share one teacher, classifiers do not
+                if key in seen:
                     continue
-                seen.add(arm)
+                seen.add(key)
             if "fd" in mean and "nfe" in mean:
                 shown = [number(mean[m]) if m in mean else "" for m in ("nfe", "fd", "precision", "recall", "seconds")]
                 samples.append((mean["nfe"], mean["fd"], f"{where} {' | '.join([*shown, speed])} |"))

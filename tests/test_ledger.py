@@ -121,6 +121,27 @@ def test_results_hold_the_steps_that_each_arm_trained(tmp_path):
     assert result["steps"] == {"half": found.count("half"), "whole": found.count("whole")} == {"half": 2, "whole": 4}
 
 
+def test_leaderboard_lists_the_generators_teacher_once_and_each_classifiers():
+    def rows(metric):
+        result = dict(method="M", arms={"teacher": metric, "student": metric}, device="cpu", torch="2", seeds=[0])
+        lines = ledger.leaderboard({"a": result, "b": result}).splitlines()
+        return sum("| teacher |" in line for line in lines), sum("| student |" in line for line in lines)
+    assert rows(dict(fd=[1.0], nfe=[1])) == (1, 2) and rows(dict(acc=[0.9])) == (2, 2)
+
+
+def test_a_teacher_that_some_seeds_had_in_the_cache(tmp_path):
+    def run(cfg, log):
+        if cfg.seed == 0:
+            for _ in common.loop(cfg, "teacher"):
+                pass
+        log("teacher", acc=0.5)
+    run.__module__ = "kd"
+    for seed in (0, -1):        # trained in the first seed alone, in the second alone
+        cfg = load_method("kd").Config(steps=2, seeds=2, out=str(tmp_path))
+        cfg.seed = seed
+        assert common.execute(run, cfg, [], None)["arms"] == {"teacher": {"acc": [0.5, 0.5]}}
+
+
 def test_report_shows_means_and_intervals():
     result = dict(arms={"a": {"m": [1.0, 2.0, 3.0]}}, seeds=[0, 1, 2], method="M", data="d", seconds=1, claims=[])
     half = stats.t.ppf(0.975, 2) * 1 / math.sqrt(3)

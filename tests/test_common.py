@@ -298,6 +298,57 @@ def test_loop_resumes_bit_for_bit(tmp_path):
     assert torch.equal(whole[0], done[0])
 
 
+# ------------------------------------------------------------------------------------------- augmentation
+
+def coded_images(n=600, h=7, w=9):
+    """Images whose two channels hold each pixel's row and column, so that every output pixel says where it is from."""
+    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    return torch.stack([rows, columns]).expand(n, 2, h, w).to(torch.uint8).contiguous()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("shift", [0, 1, 3])
+def test_augmentation_moves_whole_images_repeats_the_border_and_mirrors_half(shift, flip):
+    x = coded_images()
+    torch.manual_seed(0)
+    y = common.shift_and_flip(x, shift, flip)
+    assert y.shape == x.shape and y.dtype == x.dtype
+    seen = set()
+    for image in y.long():
+        rows, columns = image[0, :, 0], image[1, 0]
+        assert (image[0] == rows[:, None]).all() and (image[1] == columns).all()      # one move for the whole image
+        mirrored = bool(columns[0] > columns[-1])
+        columns = columns.flip(0) if mirrored else columns
+        dy, dx = int(rows[3]) - 3, int(columns[4]) - 4        # of the centre, which shows no border
+        assert torch.equal(rows, (torch.arange(7) + dy).clamp(0, 6))
+        assert torch.equal(columns, (torch.arange(9) + dx).clamp(0, 8))
+        seen.add((dy, dx, mirrored))
+    moves = range(-shift, shift + 1)
+    assert seen == {(dy, dx, m) for dy in moves for dx in moves for m in ((False, True) if flip else (False,))}
+    if flip:
+        share = (y[:, 1, 0, 0] > y[:, 1, 0, -1]).float().mean()
+        assert abs(share - 0.5) < 0.08      # four standard deviations
+
+
+def test_augmentation_of_one_image_keeps_its_place_in_the_batch_and_its_type():
+    labels = torch.arange(200)
+    x = (labels / 100 - 1).view(-1, 1, 1, 1).expand(200, 3, 6, 5)        # an image of one colour shows its label
+    kept = x.clone()
+    y = common.shift_and_flip(x, 2, flip=True)
+    assert torch.equal(y, x) and torch.equal(x, kept) and y.dtype == torch.float32
+
+
+def test_augmentation_follows_the_global_stream_and_draws_only_what_is_asked_for():
+    x = torch.rand(40, 3, 8, 8)
+    torch.manual_seed(5)
+    a, state = common.shift_and_flip(x, 2, flip=True), torch.get_rng_state()
+    torch.manual_seed(5)
+    assert torch.equal(common.shift_and_flip(x, 2, flip=True), a)
+    assert not torch.equal(common.shift_and_flip(x, 2, flip=True), a)
+    torch.set_rng_state(state)
+    assert common.shift_and_flip(x, 0) is x and torch.equal(torch.get_rng_state(), state)
+
+
 # ------------------------------------------------------------------------------------------- command line
 
 @dataclass

@@ -556,20 +556,6 @@ def shift_and_flip(x: torch.Tensor, shift: int, flip: bool = False) -> torch.Ten
     return x.gather(3, columns.view(b, 1, 1, w).expand(b, c, h, w)) if shift or flip else x
 
 
-def shift_and_flip(x: torch.Tensor, shift: int, flip: bool = False) -> torch.Tensor:
-    """The usual augmentation of small images (B, C, H, W) of any type: each moved as a whole by up to `shift` pixels either
-    way, the border repeated, and with flip half of them mirrored left to right. Random numbers: only what is asked for."""
-    (b, c, h, w), device = x.shape, x.device
-    rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
-    if shift:
-        dy, dx = torch.randint(-shift, shift + 1, (2, b, 1), device=device)
-        rows, columns = (rows + dy).clamp(0, h - 1), (columns + dx).clamp(0, w - 1)
-        x = x.gather(2, rows.view(b, 1, h, 1).expand(b, c, h, w))
-    if flip:
-        columns = torch.where(torch.rand(b, 1, device=device) < 0.5, columns, columns.flip(-1))
-    return x.gather(3, columns.view(b, 1, 1, w).expand(b, c, h, w)) if shift or flip else x
-
-
 def load_torchvision(asked: str):
     """The module torchvision with its parts datasets and models. Beside a CPU-only torch the compiled operators do not
     load; declaring the two that are missing suffices."""

@@ -269,6 +269,16 @@ def test_loop_has_its_own_random_stream():
     assert numbers(3)[0] == numbers(3)[0]
 
 
+def test_compile_reaches_the_copies_that_train():
+    """A deep copy of a compiled network is not compiled; without --compile nothing is."""
+    for compile in (True, False):
+        cfg = common.Config(compile=compile)
+        teacher = cfg.place(nn.Linear(2, 2))
+        student = copy.deepcopy(teacher)
+        common.loop(cfg, "arm", 1, teacher=teacher, student=student, curve=torch.zeros(1))
+        assert all((net._compiled_call_impl is not None) == compile for net in (teacher, student))
+
+
 def test_loop_names_the_step_and_the_term_of_a_non_finite_loss():
     progress = common.loop(common.Config(), "student", 100)
     with pytest.raises(common.NonFiniteLoss, match="student: loss term 'gan' is nan at step 13"):

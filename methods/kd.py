@@ -131,17 +131,6 @@ def make_classifier(cfg, data, width, depth, dropout=0.0):
     return cfg.place(nn.Sequential(*layers, nn.Linear(sizes[-1], data.n_classes)))
 
 
-def shifted(x, most):
-    """Each of the images (B, C, H, W) moved by up to `most` pixels either way; the border is repeated."""
-    if not most:
-        return x
-    b, c, h, w = x.shape
-    dy, dx = torch.randint(-most, most + 1, (2, b, 1), device=x.device)
-    rows = (torch.arange(h, device=x.device) + dy).clamp(0, h - 1).view(b, 1, h, 1)
-    columns = (torch.arange(w, device=x.device) + dx).clamp(0, w - 1).view(b, 1, 1, w)
-    return x.gather(2, rows.expand(b, c, h, w)).gather(3, columns.expand(b, c, h, w))
-
-
 def train_teacher(cfg, data):
     net = make_classifier(cfg, data, cfg.teacher_width, cfg.teacher_depth, cfg.teacher_dropout)
 
@@ -152,7 +141,7 @@ def train_teacher(cfg, data):
         for _ in progress:
             pick = torch.randint(len(data.train), (cfg.teacher_batch,), device=cfg.dev)
             with cfg.autocast():
-                logits = net(shifted(data.normal(data.train[pick]), cfg.teacher_shift))
+                logits = net(common.shift_and_flip(data.normal(data.train[pick]), cfg.teacher_shift))
             loss = F.cross_entropy(logits.float(), data.train_labels[pick])
             common.update(optimizer, loss)
             schedule.step()
@@ -171,7 +160,7 @@ def train_student(cfg, name, data, teacher, index, loss, lr):
     progress = common.loop(cfg, name, student=student, optimizer=optimizer, schedule=schedule)
     for _ in progress:
         pick = index[torch.randint(len(index), (cfg.batch,), device=cfg.dev)]
-        x = shifted(data.normal(data.train[pick]), cfg.student_shift)
+        x = common.shift_and_flip(data.normal(data.train[pick]), cfg.student_shift)
         with cfg.autocast():
             student_logits = student(x).float()
             with torch.no_grad():       # the teacher, in eval mode, sees the same view of the image

@@ -163,17 +163,6 @@ def make_classifier(cfg, data, kind, width, depth):
     return cfg.place(nn.Sequential(*layers, nn.Linear(now, data.n_classes)))
 
 
-def augmented(cfg, x):
-    """Images (B, C, H, W) moved by up to cfg.shift pixels either way, the border repeated, and perhaps mirrored."""
-    b, c, h, w = x.shape
-    dy, dx = torch.randint(-cfg.shift, cfg.shift + 1, (2, b, 1), device=x.device)
-    rows = (torch.arange(h, device=x.device) + dy).clamp(0, h - 1).view(b, 1, h, 1)
-    columns = (torch.arange(w, device=x.device) + dx).clamp(0, w - 1)
-    if cfg.flip:
-        columns = torch.where(torch.rand(b, 1, device=x.device) < 0.5, columns, columns.flip(1))
-    return x.gather(2, rows.expand(b, c, h, w)).gather(3, columns.view(b, 1, 1, w).expand(b, c, h, w))
-
-
 def view_source(cfg, data, teacher):
     """A function without arguments that returns a batch: images, teacher's logits and features, labels."""
     def ask(x):
@@ -184,11 +173,11 @@ def view_source(cfg, data, teacher):
     if not cfg.views:
         def fresh():
             pick = torch.randint(n, (cfg.batch,), device=cfg.dev)
-            x = augmented(cfg, data.normal(data.train[pick]))
+            x = common.shift_and_flip(data.normal(data.train[pick]), cfg.shift, cfg.flip)
             return x, *ask(x), data.train_labels[pick]
         return fresh
     with common.seeded(cfg.seed + 2):       # the same pool for every teacher
-        pool = torch.cat([augmented(cfg, data.train) for _ in range(cfg.views)])
+        pool = torch.cat([common.shift_and_flip(data.train, cfg.shift, cfg.flip) for _ in range(cfg.views)])
     logits, features = (torch.cat(a) for a in zip(*(ask(data.normal(x)) for x in pool.split(500))))
 
     def from_pool():
@@ -207,7 +196,7 @@ def train_teacher(cfg, data, name, kind, width, depth):
         for _ in progress:
             pick = torch.randint(len(data.train), (cfg.teacher_batch,), device=cfg.dev)
             with cfg.autocast():
-                logits = net(augmented(cfg, data.normal(data.train[pick])))
+                logits = net(common.shift_and_flip(data.normal(data.train[pick]), cfg.shift, cfg.flip))
             loss = F.cross_entropy(logits.float(), data.train_labels[pick])
             common.update(optimizer, loss)
             schedule.step()

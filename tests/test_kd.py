@@ -90,15 +90,3 @@ def test_bias_repairs_a_classifier_whose_one_bias_is_off():
     assert not (broken.argmax(1) == 3).any()
     bias = kd.bias_for_share(broken, 3, 1 / 6)
     assert (kd.raise_bias(broken, 3, bias).argmax(1) == labels).all()
-
-
-def test_shifted_moves_whole_images_by_no_more_than_asked():
-    torch.manual_seed(0)
-    x = torch.zeros(200, 2, 9, 7)
-    x[:, :, 4, 3] = torch.tensor([1.0, 2.0])
-    y = kd.shifted(x, 2)
-    assert torch.equal(y.sum((2, 3)), x.sum((2, 3)))        # the dot stays inside; both channels move together
-    assert torch.equal(y[:, 0] * 2, y[:, 1])
-    places = y[:, 0].nonzero()[:, 1:]
-    assert {tuple(p) for p in places.tolist()} == {(i, j) for i in range(2, 7) for j in range(1, 6)}
-    assert kd.shifted(x, 0) is x

@@ -139,15 +139,3 @@ def test_views_from_the_pool_carry_their_own_label_and_answer():
     torch.testing.assert_close(features, teacher[:-1](x).detach())
     nearest = torch.cdist(x.flatten(1), data.normal(data.train).flatten(1)).argmin(1)
     assert torch.equal(data.train_labels[nearest], labels)
-
-
-def test_augmentation_moves_whole_images_and_mirrors_half():
-    import common
-    cfg = common.parse(pld.Config, ["--shift", "2", "--flip", "--device", "cpu"])
-    torch.manual_seed(0)
-    x = torch.zeros(400, 2, 9, 11)
-    x[:, :, 4, 3] = torch.tensor([1.0, 2.0])
-    y = pld.augmented(cfg, x)
-    assert torch.equal(y.sum((2, 3)), x.sum((2, 3))) and torch.equal(y[:, 0] * 2, y[:, 1])
-    columns = y[:, 0].amax(1).argmax(1)
-    assert set(columns.tolist()) == {1, 2, 3, 4, 5, 6, 7, 8, 9} and 0.3 < (columns > 5).float().mean() < 0.5

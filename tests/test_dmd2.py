@@ -240,13 +240,21 @@ def test_learning_rate_rises_stays_and_falls():
     assert {dmd2.learning_rate(n, 100, cfg) for n in range(9, 100)} == {1}
 
 
-def test_gan_sees_low_noise_only_and_the_scores_all_of_it(setting, monkeypatch):
+def test_gan_and_scores_see_all_noise_levels(setting, monkeypatch):
     _, data, teacher = setting
-    cfg = dmd2.Config(steps=20, batch=64, width=8, depth=1, threads=1, checkpoints=1, gan_sigma_max=0.5)
+    cfg = dmd2.Config(steps=20, batch=64, width=8, depth=1, threads=1, checkpoints=1)
     seen, logits, forward = {"gan": [], "score": []}, dmd2.FakeScore.logits, dmd2.FakeScore.forward
     monkeypatch.setattr(dmd2.FakeScore, "logits", lambda self, x, sigma, y=None:
-                        seen["gan"].append(sigma.max()) or logits(self, x, sigma, y))
+                        seen["gan"].append(sigma) or logits(self, x, sigma, y))
     monkeypatch.setattr(dmd2.FakeScore, "forward", lambda self, x, sigma, y=None:
-                        seen["score"].append(sigma.max()) or forward(self, x, sigma, y))
+                        seen["score"].append(sigma) or forward(self, x, sigma, y))
     dmd2.train(cfg, "noise", data, teacher, ratio=2, gan=True)
-    assert 0.4 < max(seen["gan"]) <= 0.5 and max(seen["score"]) > 8
+    for sigmas in seen.values():
+        sigmas = torch.cat(sigmas)
+        assert sigmas.max() > 75 and sigmas.min() < 0.01 and sigmas.max() <= cfg.sigma_max
+
+
+def test_curve_holds_generator_updates_and_distances(setting):
+    cfg, data, teacher = setting
+    _, curve = dmd2.train(cfg, "curve", data, teacher, ratio=3)
+    assert curve[:, 0].tolist() == [1, 2] and (curve[:, 1] > 0).all()

@@ -53,7 +53,7 @@ class Config(common.Config):
     PRESETS: ClassVar[dict] = {
         "images": dict(width=16, depth=1, batch=64, teacher_steps=300, brief_teacher_steps=100, steps=200, lr=3e-4,
                        small_lr=1e-4, gan_weight=0.1, levels=(2.0,), eval_samples=1000),
-        "cifar": dict(width=96, depth=2, batch=128, teacher_steps=50_000, brief_teacher_steps=5000, steps=20_000,
+        "cifar": dict(width=96, depth=2, batch=128, teacher_steps=50_000, brief_teacher_steps=50_000, steps=20_000,
                       lr=1e-5, small_lr=2e-6, warmup=500, fall=0.0, beta1=0.9, gan_weight=3e-3,
                       discriminator_weight=1e-2, levels=(17.5, 2.5, 0.17), eval_samples=10_000),
         "smoke": dict(brief_teacher_steps=2, nfe_teacher=2, checkpoints=2, ratio=2)}
@@ -64,7 +64,7 @@ class Config(common.Config):
     width: Annotated[int, "hidden width of every network"] = 96
     depth: Annotated[int, "hidden layers of every network (images: blocks a resolution)"] = 3
     teacher_steps: Annotated[int, "flow-matching steps of the teacher"] = 1500
-    brief_teacher_steps: Annotated[int, "the same for the teacher of the arms on the GAN, which is to be wrong"] = 300
+    brief_teacher_steps: Annotated[int, "the same for the GAN arms' teacher, which is to be wrong (CIFAR: the same teacher)"] = 300
     lr: Annotated[float, "peak learning rate of generator and fake score (paper: 2e-6 for both)"] = 3e-3
     small_lr: Annotated[float, "the same for a second arm with one fake update"] = 3e-4
     warmup: Annotated[int, "updates of rising learning rate (code: 500)"] = 50

@@ -48,7 +48,7 @@ def test_generators_share_network_teacher_and_budget(name, images):
     """What makes the scores on the leaderboard comparable."""
     cfg = common.parse(load_method(name).Config, ["--data", str(images)])
     assert (cfg.width, cfg.depth, cfg.batch, cfg.steps, cfg.eval_samples) == (96, 2, 128, 20_000, 10_000)
-    assert getattr(cfg, "teacher_steps", 50_000) == 50_000
+    assert getattr(cfg, "teacher_steps", 50_000) == 50_000 == getattr(cfg, "brief_teacher_steps", 50_000)
     assert common.parse(load_method(name).Config, ["--data", str(images), "--steps", "7"]).steps == 7, "flags win"
 
 

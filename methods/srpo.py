@@ -112,7 +112,8 @@ def routed_loss(policy, distillation, to_policy, to_distillation, mask):
 
 
 def mixed_advantage(advantage, teacher, log_p, tokens, informed, share):
-    """The ablation (B, L): share A + (1 - share) (log q - log p) of the sampled tokens, the second where informed (B,)."""
+    """The ablation (B, L): share A + (1 - share) (log q - log p) of the sampled tokens, the latter where informed (B,).
+    advantage (B, 1), logits (B, L, V) of q, log_p and tokens (B, L); no gradient."""
     gain = (common.token_log_probs(teacher, tokens) - log_p).detach()
     return share * advantage + (1 - share) * gain * informed[:, None]
 
@@ -120,8 +121,8 @@ def mixed_advantage(advantage, teacher, log_p, tokens, informed, share):
 # ------------------------------------------------------------------------------------------- the problems
 
 class Sheets:
-    """Sheets of K products mod 10: "C7438=", that is 7 * 4 and 3 * 8, -> "8e.", a letter standing for its place (a 0, b
-    1, ...). Half of the products, say, are doubtful: warm-up texts have them wrong mostly, in one and the same way."""
+    """Sheets of K products mod 10: "C7438=", that is 7 * 4 and 3 * 8, -> "8e.", a letter standing for its place (a is
+    0). Some products are doubtful: warm-up texts have them wrong more often than not, in one and the same way."""
 
     def __init__(self, cfg, arithmetic):
         self.cfg, self.ar, self.letter = cfg, arithmetic, arithmetic.INDEX["a"]
@@ -133,7 +134,8 @@ class Sheets:
 
     def prompts(self, n):
         """n sheets (n, P)."""
-        return self.ar.columns(self.ar.INDEX["C"], *torch.randint(2, 10, (2 * self.cfg.products, n)).unbind(), self.ar.EQUALS)
+        operands = torch.randint(2, 10, (2 * self.cfg.products, n)).unbind()
+        return self.ar.columns(self.ar.INDEX["C"], *operands, self.ar.EQUALS)
 
     def values(self, x):
         """The products (n, K) of prompts x (n, P), and their places in the table."""
@@ -162,9 +164,9 @@ class Sheets:
         return x, self.spell(torch.where(mistake, self.wrong[place], right))
 
     def correct(self, x, y):
-        """(n,) bool: all values of the answers y (n, K + 1) are right, and the end marker is in its place."""
+        """(n,) bool: all values of the answers y (n, K + 1) are right, and the end marker follows."""
         values = torch.where(y >= self.letter, y - self.letter, y)[:, :-1]
-        return (values == self.values(x)[0]).all(1) & (y[:, -1] == self.ar.EOS) & (y[:, :-1] != self.ar.EOS).all(1)
+        return (values == self.values(x)[0]).all(1) & (y[:, -1] == self.ar.EOS)
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -242,7 +244,7 @@ def run(cfg, log):
     net = common.Transformer(arithmetic.TOKENS, cfg.width, cfg.depth, 4, sheets.prompt_length + 2 * length + 1)
     start = common.language_model(cfg, "start", cfg.place(net), sheets.texts, cfg.warm_steps, arithmetic.EOS, 64,
                                   cfg.warm_lr, data=arithmetic.KEY, products=cfg.products, doubtful=cfg.doubtful,
-                                  mistaken=cfg.mistaken, copying=cfg.copying, form=1)
+                                  mistaken=cfg.mistaken, copying=cfg.copying)
 
     def measure(model, temperature=1.0, informed=False):
         with common.seeded(cfg.seed + 2_000_000):
@@ -256,16 +258,16 @@ def run(cfg, log):
         student, curve = train(cfg, arm, start, sheets, measure, **options)
         updates, acc, share = curve
         n = len(acc)
-        late = acc[-max(1, n // 5):].mean()
-        log(arm, acc=late, early=acc[:max(1, 3 * n // 10)].mean(), mean=acc.mean(), peak=acc.max(), drop=acc.max() - late,
+        early, late = acc[:max(1, 3 * n // 10)].mean(), acc[-max(1, n // 5):].mean()
+        log(arm, acc=late, early=early, mean=acc.mean(), peak=acc.max(), drop=acc.max() - late,
             acc_informed=measure(student, informed=True), distilled=share.mean())
         accuracy[arm], shares[arm] = (updates, acc), (updates, share)
-    main = ("GRPO", "SDPO", "SRPO")
+    methods = ("GRPO", "SDPO", "SRPO")
     log.picture([
-        ("right sheets", dict(curves={a: accuracy[a] for a in main}, x="update", y="accuracy")),
-        ("right sheets: what to distil", dict(curves={a: accuracy[a] for a in ARMS if a not in main[:2]}, x="update",
+        ("right sheets", dict(curves={a: accuracy[a] for a in methods}, x="update", y="accuracy")),
+        ("right sheets: what to distil", dict(curves={a: accuracy[a] for a in ARMS if a not in methods[:2]}, x="update",
                                               y="accuracy")),
-        ("rollouts that are distilled", dict(curves={a: shares[a] for a in main[1:]}, x="update", y="share")),
+        ("rollouts that are distilled", dict(curves={a: shares[a] for a in methods[1:]}, x="update", y="share")),
     ], columns=3, title="SRPO: wrong rollouts are corrected by an informed self, right ones reinforced")
 
 

@@ -219,10 +219,12 @@ def train(cfg, name, start, sheets, measure, route, mixed=False, weighted=False)
 # ------------------------------------------------------------------------------------------- the experiment
 
 def everything(c, m):
+    """Routing of c and m (N, G) bool, right and informed, to the policy loss and the distillation: all to the former."""
     return torch.ones_like(c), torch.zeros_like(c)
 
 
 def routed(c, m):
+    """SRPO: what is wrong and informed is distilled, all else goes to the policy loss."""
     return ~m | c, m & ~c
 
 

@@ -3,8 +3,11 @@
     python ledger.py run [names] [--seeds N] [--jobs N] [--threads N] [--out DIR] [--data NAME] [--force]
     python ledger.py table              take over reworded claims and notes, rebuild README's table from results/*.json
     python ledger.py check              say which results are missing or stale
+    python ledger.py reproduce [names] [--seeds N] [--jobs N] [--record-times]
 
-`run` executes the scripts that are not up to date, several at a time, and rebuilds the table.
+`run` executes the scripts that are not up to date, several at a time, and rebuilds the table. `reproduce` runs scripts
+again, from an empty cache and into a folder of its own, and compares every value with results/*.json: on the same versions
+and kind of CPU they are identical, elsewhere rounding may lead a training astray within the spread of the seeds.
 """
 import argparse
 import ast
@@ -17,6 +20,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -347,33 +351,32 @@ def has_settings(name: str, data: str | None) -> bool:
     return '"cifar": dict(' in (ROOT / "methods" / f"{name}.py").read_text()
 
 
+def launch(name: str, options: list, environment: dict | None = None) -> tuple[int, float, str]:
+    """Run one script with its output in runs/<name>.log; returns exit code, seconds and, after a failure, the log's end."""
+    (ROOT / "runs").mkdir(exist_ok=True)
+    began, log = time.monotonic(), ROOT / "runs" / f"{name}.log"
+    with open(log, "w") as file:
+        code = subprocess.run([sys.executable, str(ROOT / "methods" / f"{name}.py"), *map(str, options)], stdout=file, check=False,
+                              stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | (environment or {})).returncode
+    last = log.read_text(errors="replace").strip().splitlines()[-1:] if code else []
+    return code, time.monotonic() - began, f" ({' '.join(last)}; see {log.relative_to(ROOT)})" if code else ""
+
+
 def run(args) -> int:
     """Run the scripts whose results are not up to date; returns the exit code."""
     names = args.names or [n for n in methods() if has_settings(n, args.data)]
-    unknown = [n for n in names if n not in methods()]
-    if unknown:
-        print(f"error: no method {', '.join(unknown)} (possible: {', '.join(methods())})", file=sys.stderr)
-        return 2
     home = ROOT / "results"
     folder = Path(args.out) if args.out else home / args.data if args.data else home
     folder.mkdir(parents=True, exist_ok=True)
-    (ROOT / "runs").mkdir(exist_ok=True)
     todo = [n for n in names if args.force or problems(n, folder, args.seeds, {"data": args.data} if args.data else None)]
     if not args.force:
         for name in sorted(set(names) - set(todo)):
             print(f"{name}: up to date")
 
     def one(name):
-        command = [sys.executable, str(ROOT / "methods" / f"{name}.py"), "--seeds", str(args.seeds),
-                   "--threads", str(args.threads), "--out", str(folder), *(["--data", args.data] if args.data else [])]
-        began, log = time.monotonic(), ROOT / "runs" / f"{name}.log"
-        with open(log, "w") as file:
-            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, check=False).returncode
-        said = f"{name}: {'done' if code == 0 else f'FAILED with exit code {code}'} in {time.monotonic() - began:.0f} s"
-        if code:
-            last = log.read_text(errors="replace").strip().splitlines()[-1:]
-            said += f" ({' '.join(last)}; see {log.relative_to(ROOT)})"
-        print(said, flush=True)
+        code, seconds, why = launch(name, ["--seeds", args.seeds, "--threads", args.threads, "--out", folder,
+                                           *(["--data", args.data] if args.data else [])])
+        print(f"{name}: {f'FAILED with exit code {code}' if code else 'done'} in {seconds:.0f} s{why}", flush=True)
         return code
 
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -388,6 +391,59 @@ def run(args) -> int:
     return 0
 
 
+def compare(fresh: dict, kept: dict) -> tuple[bool, str]:
+    """Whether all values of fresh arms are as in the kept ones or differ by less than those do between seeds, and a sentence
+    on it. {arm: {metric: [one value a seed]}}; training seconds are left out."""
+    count = equal = 0
+    worst, sentence = -1.0, ""
+    for arm, metrics in kept.items():
+        for metric, values in metrics.items():
+            if metric == "seconds":
+                continue
+            found = fresh.get(arm, {}).get(metric)
+            if found is None:
+                return False, f"no {metric} of {arm!r}"
+            for seed, (new, old) in enumerate(zip(found, values)):
+                count, equal = count + 1, equal + (new == old)
+                spread = max(values) - min(values) + 1e-6 * abs(old)
+                # a nan on one side alone is as far away as can be
+                far = 0.0 if new == old else abs(new - old) / spread if spread and math.isfinite(new - old) else math.inf
+                if far > worst:
+                    worst = far
+                    sentence = f"largest difference: {metric} of {arm!r}, seed {seed}: {new:.6g}, in the results {old:.6g}"
+    if equal == count:
+        return True, f"all {count} values identical"
+    return worst <= 1, f"{equal} of {count} values identical, {sentence}" + ("" if worst <= 1 else ", more than between seeds")
+
+
+def reproduce(args) -> int:
+    """Run scripts again and compare with results/*.json; exit code 1 when one fails or differs by more than its seeds do."""
+    names = args.names or methods()
+    stale = {n: why for n in names if (why := problems(n, ROOT / "results", args.seeds))}
+    for name, why in stale.items():
+        print(f"{name}: nothing to compare with: {why}")
+
+    def one(name):
+        path = ROOT / "results" / f"{name}.json"
+        kept = json.loads(path.read_text())
+        with tempfile.TemporaryDirectory() as folder:
+            code, _, why = launch(name, ["--seeds", args.seeds, "--threads", kept["config"]["threads"], "--out", folder],
+                                  {"DISTILL_CACHE": str(Path(folder) / "cache")})
+            if code:
+                print(f"{name}: FAILED with exit code {code}{why}", flush=True)
+                return False
+            fresh = json.loads((Path(folder) / f"{name}.json").read_text())
+        good, sentence = compare(fresh["arms"], kept["arms"])
+        print(f"{name}: {sentence}; {fresh['seconds']:.0f} s a seed", flush=True)
+        if args.record_times and sentence.startswith("all"):
+            path.write_text(json.dumps(kept | {"seconds": fresh["seconds"]}, indent=1) + "\n")
+        return good
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        good = list(pool.map(one, [n for n in names if n not in stale]))
+    return int(bool(stale) or not all(good))
+
+
 def main() -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -400,11 +456,20 @@ def main() -> int:
     one.add_argument("--out", help="folder for the results (default: results, or results/DATA with --data)")
     one.add_argument("--data", help="run on this data set instead of each script's own")
     one.add_argument("--force", action="store_true", help="run what is up to date too")
+    two = commands.add_parser("reproduce", help="run methods again and compare every value with results/*.json")
+    two.add_argument("names", nargs="*", help="methods (default: all)")
+    two.add_argument("--seeds", type=positive, default=1, help="seeds 0..N-1 (default: 1)")
+    two.add_argument("--jobs", type=positive, default=1, help="scripts at a time (default: 1)")
+    two.add_argument("--record-times", action="store_true", help="where all is identical, take over the seconds a seed")
     commands.add_parser("table", help="rebuild README's table")
     commands.add_parser("check", help="list missing and stale results")
     args = parser.parse_args()
-    if args.command == "run":
-        return run(args)
+    if args.command in ("run", "reproduce"):
+        unknown = [n for n in args.names if n not in methods()]
+        if unknown:
+            print(f"error: no method {', '.join(unknown)} (possible: {', '.join(methods())})", file=sys.stderr)
+            return 2
+        return run(args) if args.command == "run" else reproduce(args)
     if args.command == "table":
         write_table()
         return 0

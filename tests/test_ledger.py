@@ -1,6 +1,8 @@
-"""Verdicts, hashes and the table."""
+"""Verdicts, hashes, the table, and running again."""
 import ast
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,6 +142,50 @@ def test_a_teacher_that_some_seeds_had_in_the_cache(tmp_path):
         cfg = load_method("kd").Config(steps=2, seeds=2, out=str(tmp_path))
         cfg.seed = seed
         assert common.execute(run, cfg, [], None)["arms"] == {"teacher": {"acc": [0.5, 0.5]}}
+
+
+def test_compare_finds_the_largest_difference_in_units_of_the_seeds_spread():
+    kept = {"a": {"acc": [0.5, 0.7, 0.6], "seconds": [1.0, 1.0, 1.0]}, "b": {"sw2": [1.0, 9.0, 5.0]}}
+    def fresh(acc=0.5, sw2=1.0):
+        return {"a": {"acc": [acc], "seconds": [7.0]}, "b": {"sw2": [sw2]}}
+    assert ledger.compare(fresh(), kept) == (True, "all 2 values identical")
+    good, said = ledger.compare(fresh(acc=0.6, sw2=2.0), kept)      # half of the spread of acc, an eighth of that of sw2
+    assert good and said == "0 of 2 values identical, largest difference: acc of 'a', seed 0: 0.6, in the results 0.5"
+    good, said = ledger.compare(fresh(sw2=9.5), kept)
+    assert not good and said.startswith("1 of 2") and "sw2 of 'b'" in said and said.endswith("more than between seeds")
+    assert not ledger.compare(fresh(acc=float("nan")), kept)[0]
+    assert ledger.compare({"a": fresh()["a"]}, kept) == (False, "no sw2 of 'b'")
+    constant = {"a": {"nfe": [1, 1, 1]}}
+    assert ledger.compare({"a": {"nfe": [1]}}, constant)[0] and not ledger.compare({"a": {"nfe": [2]}}, constant)[0]
+
+
+def test_reproduce_runs_from_an_empty_cache_and_compares(monkeypatch, tmp_path, capsys):
+    """With a script that hands out the kept values, other values, or fails."""
+    (tmp_path / "results").mkdir()
+    kept = dict(arms={"a": {"acc": [0.5, 0.6]}}, seconds=99.0, config={"threads": 3})
+    path = tmp_path / "results" / "kd.json"
+    monkeypatch.setattr(ledger, "ROOT", tmp_path)
+    monkeypatch.setattr(ledger, "methods", lambda: ["kd", "pld"])
+    monkeypatch.setattr(ledger, "problems", lambda name, folder, seeds: "" if name == "kd" else "no results")
+
+    def reproduce(value, *options, code=0):
+        def launch(name, arguments, environment):
+            folder = Path(arguments[arguments.index("--out") + 1])
+            assert arguments[:4] == ["--seeds", 1, "--threads", 3] and str(folder) in environment["DISTILL_CACHE"]
+            (folder / f"{name}.json").write_text(json.dumps(dict(arms={"a": {"acc": [value]}}, seconds=7.0)))
+            return code, 1.0, " (why)" if code else ""
+        monkeypatch.setattr(ledger, "launch", launch)
+        monkeypatch.setattr("sys.argv", ["ledger.py", "reproduce", *options])
+        path.write_text(json.dumps(kept))
+        return ledger.main(), capsys.readouterr().out.strip(), json.loads(path.read_text())["seconds"]
+    assert reproduce(0.5, "kd") == (0, "kd: all 1 values identical; 7 s a seed", 99.0)
+    assert reproduce(0.5, "kd", "--record-times")[2] == 7.0
+    code, said, seconds = reproduce(0.55, "kd", "--record-times")
+    assert code == 0 and "0 of 1" in said and seconds == 99.0, "times are of these results only"
+    assert reproduce(0.9, "kd")[0] == 1
+    assert reproduce(0.5, "kd", code=3)[:2] == (1, "kd: FAILED with exit code 3 (why)")
+    assert reproduce(0.5, "pld")[:2] == (1, "pld: nothing to compare with: no results")
+    assert reproduce(0.5, "nope")[0] == 2
 
 
 def test_report_shows_means_and_intervals():

@@ -118,12 +118,12 @@ def test_stages_are_those_of_the_forward_pass(kind):
     maps = net.stages(x)
     assert len(maps) == cfg.stages and [m.shape[1] for m in maps] == net.widths
     torch.testing.assert_close(net.classify(maps), net(x))
-    assert [m.shape[2] for m in maps] == dict(mlp=[1, 1, 1], resnet=[12, 6, 3], vit=[3, 3, 3])[kind]
-    whole = dict(mlp=3 * 2 * 2, resnet=3 + 6, vit=0)[kind]     # no layer is left out
+    assert [m.shape[2] for m in maps] == dict(mlp=[1, 1, 1, 1], resnet=[12, 6, 3, 2], vit=[3, 3, 3, 3])[kind]
     if kind == "resnet":
-        assert len(net.stem) + sum(map(len, net.parts)) == whole
+        assert len(net.stem) + sum(map(len, net.parts)) == 3 + 4 * 2      # no layer is left out
     if kind == "mlp":
-        assert sum(isinstance(m, torch.nn.Conv2d | torch.nn.ReLU) for m in net.modules()) == whole
+        hidden = [m for part in net.parts for m in part if isinstance(m, torch.nn.Linear)]
+        assert [m.in_features for m in hidden] == [144] + [8] * 7 and net.head[-1].in_features == 8
 
 
 def test_tokens_attend_to_each_other_but_not_to_other_images():
@@ -141,15 +141,60 @@ def test_exits_turn_maps_into_logits_and_send_gradient_to_no_later_stage(kind):
     net = ofa.make_network(cfg, data, kind, 8, 1)
     exits = ofa.make_exits(net, 40, 36)
     if kind != "vit":
-        assert [sum(isinstance(m, torch.nn.Conv2d) for m in e.modules()) for e in exits] == [8, 4, 1]
-        assert [e[-1].in_features for e in exits] == [40, 40, 40]       # max(32, 40)
+        kinds = (torch.nn.Conv2d, torch.nn.Linear)      # an MLP's have one linear layer for two convolutions
+        layers = dict(resnet=[13, 9, 5, 2], mlp=[7, 5, 3, 2])[kind]
+        assert [sum(isinstance(m, kinds) for m in e.modules()) for e in exits] == layers
+        assert [e[-1].in_features for e in exits] == [dict(resnet=64, mlp=40)[kind]] * 4       # max(student's, 40)
     else:
-        assert [len(e[0].blocks) for e in exits] == [2, 1, 1] and exits[0][-1].in_features == 8
+        assert [len(e[0].blocks) for e in exits] == [3, 2, 1, 1] and exits[0][-1].in_features == 8
     maps = net.stages(data.normal(data.train[:4]))
-    assert [e(m).shape for e, m in zip(exits, maps)] == [(4, 36)] * 3
+    assert [e(m).shape for e, m in zip(exits, maps)] == [(4, 36)] * 4
     exits[0](maps[0]).square().sum().backward()
     assert next(net.parts[0].parameters()).grad.abs().sum() > 0
     assert all(p.grad is None for part in net.parts[1:] for p in part.parameters())
+
+
+def test_a_dense_block_is_a_separable_one_on_maps_of_one_pixel():
+    torch.manual_seed(0)
+    dense, whole, x = ofa.dense(6, 10), ofa.separable(6, 10), torch.randn(20, 6, 1, 1)
+    linear = [m for m in dense if isinstance(m, torch.nn.Linear)]
+    depthwise, pointwise = ([m for m in whole if isinstance(m, torch.nn.Conv2d)][k::2] for k in (0, 1))
+    with torch.no_grad():
+        for a, b, c in zip(linear, depthwise, pointwise, strict=True):
+            a.weight.copy_(c.weight[:, :, 0, 0] * b.weight[:, 0, 1, 1])
+    torch.testing.assert_close(dense(x), whole(x))
+
+
+def test_only_the_first_blocks_of_a_vit_know_where_a_token_is():
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 3, 3)
+    moved = x.roll(1, 3)
+    later, first = ofa.Blocks(8, 1).eval(), ofa.Blocks(8, 1, [3, 3]).eval()
+    torch.testing.assert_close(later(moved), later(x).roll(1, 3))
+    assert (first(moved) - first(x).roll(1, 3)).abs().max() > 1e-3
+    cfg = small()
+    net = ofa.make_network(cfg, common.load_images(cfg), "vit", 8, 2)
+    assert [name for name, _ in net.named_parameters() if "position" in name] == ["parts.0.position"]
+
+
+@pytest.mark.parametrize("views", ["2", "0"])
+def test_a_batch_carries_its_labels_and_the_teachers_answer_to_the_same_view(views):
+    torch.manual_seed(0)
+    cfg = small("--views", views, "--batch", "30", "--shift", "1")
+    data = common.load_images(cfg)
+    images, labels = data.train[:20], data.train_labels[:20]
+    if cfg.views:
+        images, labels = common.shift_and_flip(images.repeat(2, 1, 1, 1), 1), labels.repeat(2)
+    teacher = ofa.make_network(cfg, data, "resnet", 4, 1).eval()
+    x, y, logits_, *maps = ofa.view_source(cfg, data, images, labels, teacher)()
+    torch.testing.assert_close(logits_, teacher(x).detach())
+    torch.testing.assert_close(maps, [m.detach() for m in teacher.stages(x)])
+    possible = common.Images.normal(data.train[:20])
+    shifted = torch.stack([torch.roll(F.pad(possible, (1, 1, 1, 1), "replicate"), (i, j), (2, 3))[:, :, 1:-1, 1:-1]
+                           for i in (-1, 0, 1) for j in (-1, 0, 1)])
+    distance = (shifted[:, None] - x[None, :, None]).flatten(3).abs().amax(3).amin(0)
+    assert (distance.amin(1) == 0).all() and torch.equal(data.train_labels[:20][distance.argmin(1)], y)
+    assert not any(z.requires_grad for z in (logits_, *maps))
 
 
 def test_a_patch_that_does_not_divide_the_image_is_refused():

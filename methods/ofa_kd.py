@@ -17,7 +17,7 @@ The miniature: 36 glyphs, an MLP of four stages as student of a ResNet, the pair
 wider MLP; on CIFAR the student is a ViT. Exits as in the code: separable convolutions that halve the map for each
 stage still to come (dense layers in an MLP), or transformer blocks (no merging of patches). FitNet: hints at all.
 
-    python methods/ofa_kd.py                        # 40 s on 2 CPU cores; own labelled images: --data my.npz
+    python methods/ofa_kd.py                        # 45 s on 2 CPU cores; own labelled images: --data my.npz
     python methods/ofa_kd.py --data cifar100 --amp  # ResNet to ViT; meant for a GPU, time not measured
 """
 import math

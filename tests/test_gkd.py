@@ -84,7 +84,7 @@ def test_every_sequence_counts_once_whatever_its_length(logits):
 @pytest.mark.parametrize("lmbda", [0.0, 0.5, 1.0])
 def test_the_share_lambda_of_the_steps_is_on_fresh_texts_of_the_student(monkeypatch, lmbda):
     """The sampler is counted and given the student as it is at that step; the teacher stays as it was."""
-    cfg = gkd.Config(steps=60, batch=4, device="cpu", points=1, lr=1e-2)
+    cfg = gkd.Config(steps=60, batch=4, device="cpu", points=1)
     torch.manual_seed(0)
     start, teacher = (common.frozen(common.Transformer(V, 8, 1, 2, 8)) for _ in range(2))
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
@@ -95,7 +95,7 @@ def test_the_share_lambda_of_the_steps_is_on_fresh_texts_of_the_student(monkeypa
         return original(model, *arguments)
     monkeypatch.setattr(common, "generate", counted)
     data = torch.randint(6, (9, 3)), torch.randint(6, (9, 4))
-    student, _ = gkd.distil(cfg, "x", start, teacher, *data, 6, lmbda, 0.0, lambda model: 0.0)
+    student, _ = gkd.distil(cfg, "x", start, teacher, *data, 6, lmbda, 0.0, 1e-2, lambda model: 0.0)
     assert (len(seen) in {0.0: [0], 0.5: range(18, 43), 1.0: [60]}[lmbda])
     assert all(not torch.equal(a, b) for a, b in zip(seen, seen[1:]))
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
@@ -108,11 +108,23 @@ def test_on_policy_distillation_reaches_a_teacher_that_the_data_do_not_show():
     start, teacher = (common.frozen(common.Transformer(V, 16, 1, 2, 8)) for _ in range(2))
     teacher.head.weight.mul_(6)
     prompts, answers = torch.zeros(1, 2, dtype=torch.long), torch.tensor([[1, 2, 3, 4]])
-    cfg = gkd.Config(steps=150, batch=16, device="cpu", points=1, lr=1e-2)
+    cfg = gkd.Config(steps=150, batch=16, device="cpu", points=1)
     found = {}
     for lmbda in (0.0, 1.0):
-        student, _ = gkd.distil(cfg, f"l{lmbda}", start, teacher, prompts, answers, 6, lmbda, 0.0, lambda model: 0.0)
+        student, _ = gkd.distil(cfg, f"l{lmbda}", start, teacher, prompts, answers, 6, lmbda, 0.0, 1e-2, lambda model: 0.0)
         own = common.generate(student, prompts.repeat(200, 1), 4, 6)
         p, q = (common.completion_logits(model, prompts.repeat(200, 1), own) for model in (teacher, student))
         found[lmbda] = common.masked_mean(common.forward_kl(p, q), common.answer_mask(own, 6)).item()
     assert found[1.0] < 0.3 * found[0.0]
+
+
+@pytest.mark.parametrize("start_acc, steps", [(0.0, 19), (1.0, 40)])
+def test_the_start_is_trained_until_the_asked_share_is_right(monkeypatch, tmp_path, start_acc, steps):
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
+    cfg = gkd.Config(data="arithmetic", terms=2, batch=4, device="cpu", start_acc=start_acc, start_steps=40)
+    arithmetic = common.domain(cfg, "arithmetic")
+    task, updates, original = arithmetic.Sums(2, 3, "any"), [], common.update
+    monkeypatch.setattr(common, "update", lambda *a, **k: (updates.append(1), original(*a, **k)))
+    net = common.Transformer(arithmetic.TOKENS, 8, 1, 2, task.prompt_length + task.answer_length)
+    student = gkd.fine_tuned(cfg, net, task, arithmetic.EOS, data=arithmetic.KEY)
+    assert len(updates) == steps and not any(p.requires_grad for p in student.parameters())

@@ -884,7 +884,8 @@ class Log:
     def picture(self, panels: list[tuple[str, Any]], columns: int = 4, title: str = "") -> None:
         """Draw labelled panels into one PNG (first seed only). A panel's content is points (N, D), or (points, labels
         (N,)), of which the first two coordinates are shown; images (N, C, H, W) in [-1, 1]; {"curves": {name: (xs, ys)},
-        "x": label, "y": label, "logx": bool, "logy": bool}; or {"heat": array (H, W)}, dark where it is high."""
+        "x": label, "y": label, "logx": bool, "logy": bool}; {"bars": {name: value}, "x": label}; or {"heat": array (H, W)},
+        dark where it is high."""
         if self.path:
             from pictures import draw
             write_atomic(self.path, draw(panels, columns, title))

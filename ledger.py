@@ -393,7 +393,7 @@ def run(args) -> int:
 
 def compare(fresh: dict, kept: dict) -> tuple[bool, str]:
     """Whether all values of fresh arms are as in the kept ones or differ by less than those do between seeds, and a sentence
-    on it. {arm: {metric: [one value a seed]}}; training seconds are left out."""
+    on it. {arm: {metric: [one value a seed]}}; training seconds are left out; nine digits are compared."""
     count = equal = 0
     worst, sentence = -1.0, ""
     for arm, metrics in kept.items():
@@ -404,10 +404,11 @@ def compare(fresh: dict, kept: dict) -> tuple[bool, str]:
             if found is None:
                 return False, f"no {metric} of {arm!r}"
             for seed, (new, old) in enumerate(zip(found, values)):
-                count, equal = count + 1, equal + (new == old)
+                same = math.isclose(new, old, abs_tol=1e-12)
+                count, equal = count + 1, equal + same
                 spread = max(values) - min(values) + 1e-6 * abs(old)
                 # a nan on one side alone is as far away as can be
-                far = 0.0 if new == old else abs(new - old) / spread if spread and math.isfinite(new - old) else math.inf
+                far = 0.0 if same else abs(new - old) / spread if spread and math.isfinite(new - old) else math.inf
                 if far > worst:
                     worst = far
                     sentence = f"largest difference: {metric} of {arm!r}, seed {seed}: {new:.6g}, in the results {old:.6g}"

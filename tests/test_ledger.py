@@ -149,6 +149,8 @@ def test_compare_finds_the_largest_difference_in_units_of_the_seeds_spread():
     def fresh(acc=0.5, sw2=1.0):
         return {"a": {"acc": [acc], "seconds": [7.0]}, "b": {"sw2": [sw2]}}
     assert ledger.compare(fresh(), kept) == (True, "all 2 values identical")
+    assert ledger.compare(fresh(sw2=1 + 1e-11), kept) == (True, "all 2 values identical"), "a sum in another order"
+    assert ledger.compare(fresh(sw2=1 + 1e-7), kept)[1].startswith("1 of 2")
     good, said = ledger.compare(fresh(acc=0.6, sw2=2.0), kept)      # half of the spread of acc, an eighth of that of sw2
     assert good and said == "0 of 2 values identical, largest difference: acc of 'a', seed 0: 0.6, in the results 0.5"
     good, said = ledger.compare(fresh(sw2=9.5), kept)

@@ -1,7 +1,7 @@
 """CEED-VLA - CEED-VLA: Consistency Vision-Language-Action Model with Early-Exit Decoding
 Paper: Wenxuan Song et al., arXiv 2025, arXiv:2506.13725
 Code: OpenHelix-Team/CEED-VLA (prismatic/extern/hf/modeling_prismatic.py: Jacobi decoding alone, no training)
-Family: LLM inference. Distils: the converged Jacobi decoding of a policy with action tokens into its early iterations.
+Family: llm-inference. Distils: the converged Jacobi decoding of a policy with action tokens into its early iterations.
 
 A vision-language-action model writes a chunk of actions as n tokens, one a forward. Jacobi decoding starts from
 random tokens and predicts all n at once from those before them, again and again,

@@ -290,9 +290,9 @@ def run(cfg, log):
         log(name, **common.classification(common.predict(net, data), data.test_labels), **alike)
     panels = []
     for pair, (teacher, table) in zip(arms, tables.items()):
-        bars = {arm: ([i, i + 0.8], [log.arms[arm + pair]["acc"]] * 2) for i, arm in enumerate(arms[pair])}
+        bars = {arm: log.arms[arm + pair]["acc"] for arm in arms[pair]}
         panels += [(f"CKA: student's stages (down), {teacher}", dict(heat=torch.kron(table, torch.ones(40, 40)))),
-                   (f"students of: {teacher}", dict(curves=bars, x="method", y="test accuracy"))]
+                   (f"students of: {teacher}", dict(bars=bars, x="test accuracy"))]
     log.picture(panels, columns=2, title=f"OFA-KD on {cfg.data}: distilled as logits at every stage of the student")
 
 

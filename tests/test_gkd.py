@@ -128,3 +128,11 @@ def test_the_start_is_trained_until_the_asked_share_is_right(monkeypatch, tmp_pa
     net = common.Transformer(arithmetic.TOKENS, 8, 1, 2, task.prompt_length + task.answer_length)
     student = gkd.fine_tuned(cfg, net, task, arithmetic.EOS, data=arithmetic.KEY)
     assert len(updates) == steps and not any(p.requires_grad for p in student.parameters())
+
+
+def test_cross_entropy_is_the_mean_over_texts_of_the_means_over_tokens(logits):
+    student, mask = logits[1], torch.arange(L) < torch.tensor([[1], [3], [5]])
+    tokens = torch.randint(V, (B, L))
+    log_p = student.log_softmax(-1).gather(2, tokens[..., None])[..., 0]
+    expected = -sum(log_p[b, :n].mean() for b, n in enumerate((1, 3, 5))) / B
+    torch.testing.assert_close(gkd.cross_entropy_loss(student, tokens, mask), expected)

@@ -22,6 +22,14 @@ def test_select_takes_the_fullest_or_random_rows():
     assert len(pd.select(counts, 100)) == len(pd.select(counts, 100, random=True)) == 6
 
 
+def test_box_loss_by_hand():
+    """Quadratic below 0.1, |d| - 0.05 beyond; summed over the four numbers, averaged with the weights."""
+    boxes, target = torch.zeros(3, 4), torch.tensor([[1.0, 0, 0, 0], [0.05, 0.05, 0, 0], [9.0, 9, 9, 9]])
+    loss = pd.box_loss(boxes, target, torch.tensor([1.0, 3.0, 0.0]))
+    assert torch.allclose(loss, torch.tensor((0.95 + 3 * 2 * 0.5 * 0.05**2 / 0.1) / 4))
+    assert pd.box_loss(boxes, target, torch.zeros(3)) == 0
+
+
 def test_weights_average_to_one_and_spread_over_the_full_pillars():
     counts = torch.tensor([8, 8, 5, 1])
     for tau in (1e-2, 1.0, 50.0):

@@ -58,8 +58,9 @@ def _is_points(content) -> bool:
 
 def _panel(content, reach: float, colours: dict) -> Image.Image:
     if isinstance(content, dict):
-        kind = _heat if "heat" in content else _bars if "bars" in content else None
-        return kind(**content) if kind else _curves(colours, **content)
+        if "heat" in content:
+            return _heat(_array(content["heat"]))
+        return _bars(**content) if "bars" in content else _curves(colours, **content)
     if _is_points(content):
         points, labels = content if isinstance(content, tuple) else (content, None)
         return _scatter(_array(points), None if labels is None else _array(labels).astype(int), reach)
@@ -95,8 +96,7 @@ def _grid(images: np.ndarray) -> Image.Image:
     return Image.fromarray(array).resize((SIZE, SIZE), Image.NEAREST)
 
 
-def _heat(heat) -> Image.Image:
-    array = _array(heat)
+def _heat(array: np.ndarray) -> Image.Image:
     low, high = np.nanmin(array), np.nanmax(array)
     z = ((array - low) / (high - low or 1))[..., None]
     stops = np.array([[255, 255, 255], [90, 150, 210], [10, 30, 90]], float)      # white, blue, dark blue
@@ -109,16 +109,14 @@ def _bars(bars: dict, x: str = "") -> Image.Image:
     image = Image.new("RGB", (SIZE, SIZE), (248, 248, 248))
     pen, small = ImageDraw.Draw(image), font(11)
     values = {name: float(value) for name, value in bars.items()}
-    ends = [0.0, *(v for v in values.values() if math.isfinite(v))]
-    low, high = min(ends), max(ends)
-    scale = (SIZE - 24) / (high - low or 1)
-    row = (SIZE - 34) / max(1, len(values))
-    zero = 12 - low * scale
+    finite = [0.0, *filter(math.isfinite, values.values())]
+    scale, row = (SIZE - 24) / (max(finite) - min(finite) or 1), (SIZE - 34) / max(1, len(values))
+    zero = 12 - min(finite) * scale
     for i, (name, value) in enumerate(values.items()):
         top = 8 + i * row
         if math.isfinite(value):
-            ends = sorted((zero, zero + value * scale))
-            pen.rectangle((ends[0], top + 2, ends[1], top + row - 3), fill=tuple((c + 510) // 3 for c in PALETTE[i % len(PALETTE)]))
+            left, right = sorted((zero, zero + value * scale))
+            pen.rectangle((left, top + 2, right, top + row - 3), fill=tuple((c + 510) // 3 for c in PALETTE[i % len(PALETTE)]))
         pen.text((16, top + row / 2), shorten(pen, f"{value:.3g}   {name}", SIZE - 30), fill="black", font=small, anchor="lm")
     pen.line((zero, 8, zero, SIZE - 28), fill=(120, 120, 120))
     pen.text((SIZE / 2, SIZE - 4), x, fill="black", font=small, anchor="mb")

@@ -644,23 +644,25 @@ def is_large(data) -> bool:
     return len(data.shape) == 3 and min(data.shape[1:]) >= 32
 
 
-def flow_teacher(cfg: Config, data, width: int, depth: int, batch: int = 0, lr: float = 0.0, label_drop: float = 0.1):
-    """A velocity network trained by flow matching (t uniform) for cfg.teacher_steps steps, cached and frozen: the
-    teacher that all generators share. Its weights are the exponential average of the last ~200 steps, or from 32x32 on
-    of the last twentieth. Labels, where the data hands them out, are dropped with probability label_drop, so that
-    guided() works. lr 0: 5e-3 for points, 1e-3 for small images, 3e-4 from 32x32 on; batch 0: 512, there 128."""
+def flow_teacher(cfg: Config, data, width: int, depth: int, batch: int = 0, lr: float = 0.0, label_drop: float = 0.1,
+                 name: str = "teacher", steps: int = 0):
+    """A velocity network trained by flow matching (t uniform), cached and frozen: the teacher that all generators share.
+    Its weights are the exponential average of the last ~200 steps, or from 32x32 on of the last twentieth. Labels, where
+    the data hands them out, are dropped with probability label_drop, so that guided() works. lr 0: 5e-3 for points, 1e-3
+    for small images, 3e-4 from 32x32 on; batch 0: 512, there 128; steps 0: cfg.teacher_steps. A second teacher in a
+    script needs a name of its own, for its loop and checkpoints."""
     net = make_network(cfg, data, width, depth)
     large = is_large(data)
     lr = lr or (3e-4 if large else 1e-3 if len(data.shape) == 3 else 5e-3)
-    batch = 16 if cfg.smoke else batch or (128 if large else 512)
-    decay = max(0.995, 1 - 20 / cfg.teacher_steps) if large else 0.995
+    batch, steps = 16 if cfg.smoke else batch or (128 if large else 512), steps or cfg.teacher_steps
+    decay = max(0.995, 1 - 20 / steps) if large else 0.995
 
     def train():
         average = copy.deepcopy(net)
         optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.teacher_steps)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         state = dict(net=net, average=average, optimizer=optimizer, schedule=schedule)
-        progress = loop(cfg, "teacher", cfg.teacher_steps, **state, preview=lambda: sample_flow(
+        progress = loop(cfg, name, steps, **state, preview=lambda: sample_flow(
             average, torch.randn(64, *data.shape, device=cfg.dev), 20, data.labels(64)))
         for step in progress:
             x, y = data.sample(batch)
@@ -675,8 +677,8 @@ def flow_teacher(cfg: Config, data, width: int, depth: int, batch: int = 0, lr: 
             ema_update(average, net, min(decay, (step + 1) / (step + 10)))
             progress.losses(flow=loss)
         net.load_state_dict(average.state_dict())
-    return trained(cfg, "teacher", net, train, data=data.key, classes=data.classes, steps=cfg.teacher_steps, batch=batch,
-                   lr=lr, drop=label_drop)
+    return trained(cfg, "teacher", net, train, data=data.key, classes=data.classes, steps=steps, batch=batch, lr=lr,
+                   drop=label_drop)
 
 
 def language_model(cfg: Config, name: str, net: Transformer, sample: Callable, steps: int, eos: int, batch: int = 128,

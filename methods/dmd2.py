@@ -36,7 +36,7 @@ the same samples; C and the fake score share one optimiser; the step at which a 
 import copy
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -249,9 +249,9 @@ def train(cfg, name, data, teacher, ratio=1, gan=False, levels=None, simulate=Tr
 
 def run(cfg, log):
     data = common.load_data(cfg)
-    brief = replace(cfg, teacher_steps=cfg.brief_teacher_steps)
-    brief.context.state = cfg.context.state and cfg.context.state / "brief"     # checkpoints of its own
-    teacher, brief_teacher = (common.flow_teacher(c, data, cfg.width, cfg.depth) for c in (cfg, brief))
+    teacher = common.flow_teacher(cfg, data, cfg.width, cfg.depth)
+    brief_teacher = common.flow_teacher(cfg, data, cfg.width, cfg.depth, name="teacher, brief",
+                                        steps=cfg.brief_teacher_steps)
     n, start = cfg.eval_samples, cfg.sigma_max / (1 + cfg.sigma_max)
     z, y, real = torch.randn(n, *data.shape, device=cfg.dev), data.labels(n), data.sample(n)[0]
     panels, curves = [("data", real[:1500])], {}

@@ -419,3 +419,19 @@ def test_every_public_name_has_a_docstring():
 def test_student_t_quantile_is_scipys():
     import ledger
     assert ledger.quantile(0.95, 4) == pytest.approx(stats.t.ppf(0.95, 4))
+
+
+def test_a_second_flow_teacher_has_steps_and_a_loop_of_its_own(tmp_path, monkeypatch):
+    """One with as many steps as the first is the first, from the cache."""
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
+
+    @dataclass
+    class Config(common.Config):
+        teacher_steps: Annotated[int, "steps"] = 3
+    cfg = Config(data="eight_gaussians", smoke=True)
+    data = common.load_data(cfg)
+    first, brief, same = (common.flow_teacher(cfg, data, 8, 1, **options) for options in (
+        {}, dict(name="brief", steps=2), dict(name="same", steps=3)))
+    assert cfg.context.steps == {"teacher": 3, "brief": 2}
+    weights = [torch.cat([p.flatten() for p in net.parameters()]) for net in (first, brief, same)]
+    assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[0], weights[1])
